@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import xxhash
 
 from pipeline.compare.names import distinct_endings
-from pipeline.config import Stage
+from pipeline.config import PipelineConfig, Stage
 from pipeline.config.controls import is_control
 from pipeline.errors import user_errors
 from pipeline.runs import artifacts, exports, own_settings
@@ -25,6 +25,7 @@ from pipeline.runs.artifacts import (
 )
 from pipeline.runs.commands import run_command
 from pipeline.runs.exports import Export
+from pipeline.runs.run import Run
 
 _EVALUATE = Stage.evaluate.name
 _MADE_ON = ("git_commit", "libraries", "python", "device", "processes")
@@ -104,7 +105,18 @@ class EvaluatedRun:
 
     @cached_property
     def exports(self) -> dict[str, Export]:
-        """The complete exports by their names in reports (`exports.by_name`)."""
+        """The complete exports by their names in reports (`exports.by_name`), except stale ones."""
+        return {name: export for name, export in self._all_exports.items() if name not in self.stale_exports}
+
+    @cached_property
+    def stale_exports(self) -> dict[str, str]:
+        """The exports whose model was rebuilt later: name -> message with the command that rebuilds it."""
+        here = Run(PipelineConfig(stage=Stage.compare, run_dir=str(self.directory)))
+        found = {name: here.staleness(export.artifact) for name, export in self._all_exports.items()}
+        return {name: message for name, message in found.items() if message is not None}
+
+    @cached_property
+    def _all_exports(self) -> dict[str, Export]:
         own = exports.by_name(self.directory)
         return own if own or self._shared is None else exports.by_name(Path(self._shared).expanduser().absolute())
 
@@ -214,6 +226,10 @@ def _stale_problems(run: EvaluatedRun) -> list[str]:
         if (model in Stage.__members__ or exports.is_export(model) or is_control(model))
         and (directory := run.stage_dir(model)) is not None
         and artifacts.load(directory, check_files=False).fingerprint != fingerprint
+    ] + [
+        f"{message}. Or leave it out of the report: {_command(run.directory)}"
+        for model, message in run.stale_exports.items()
+        if model in run.evaluated.parents
     ]
 
 

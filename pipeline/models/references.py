@@ -20,7 +20,7 @@ from pipeline.models import foreign_adapters
 from pipeline.models.foreign_adapters import describe_other_base, read_adapter_config
 from pipeline.models.source import Source, locate, sampled_fingerprint
 from pipeline.numerics.formats import FORMATS, BlockFormat
-from pipeline.runs import controls, exports, passing_over
+from pipeline.runs import controls, exports, parts, passing_over
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, Kind, load
 from pipeline.runs.console import warn
 from pipeline.runs.records import ModelRecord
@@ -117,7 +117,7 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
     if is_own_name(source):  # a directory with such a name must be given as ./<name>
         first, _, target = source.partition("/")
         return export_ref(run, target) if target else stage_ref(run, Stage[first])
-    directory = run.directory / source if is_control(source) else Path(source).expanduser().absolute()
+    directory = run.directory / source if is_control(source) else parts.resolve(Path(source).expanduser().absolute())
     if not directory.is_dir():
         raise UserError(f"{key}={source}: no control of {run.directory} has this model.")
     if foreign_adapters.holds_adapters(directory):
@@ -188,7 +188,13 @@ def is_loadable(run: Run, stage: Stage) -> bool:
 
 
 def stage_ref(run: Run, stage: Stage) -> ModelRef:
-    """Return the model of a complete stage of this run."""
+    """Return the model of a complete stage of this run.
+
+    Raises:
+        UserError: the stage is stale or damaged; or it is `export`, export.target is null, and an export is unfinished.
+    """
+    if stage is Stage.export:
+        passing_over.raise_if_export_is_passed_over(run)
     return export_ref(run, _loadable_export(run)) if stage is Stage.export else of_artifact(run.require(stage))
 
 
@@ -199,9 +205,9 @@ def export_ref(run: Run, target: str | None) -> ModelRef:
 
 
 def export_refs(run: Run) -> list[ModelRef]:
-    """Return the models of all exports that transformers can load."""
-    there = exports.by_name(run.directory).values()
-    return [export_ref(run, export.target) for export in there if export.is_loadable]
+    """Return the models of all exports that transformers can load, except stale ones (`exports.find_stale`)."""
+    there, stale = exports.by_name(run.directory).values(), exports.find_stale(run)
+    return [export_ref(run, export.target) for export in there if export.is_loadable and export.target not in stale]
 
 
 def _loadable_export(run: Run) -> str | None:

@@ -14,12 +14,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pipeline.config import ArtifactCheck, Stage
+from pipeline.config import ArtifactCheck, Stage, rebuilds
 from pipeline.errors import MachineError, UserError
 from pipeline.runs import (
     commands,
     damage,
     interruptions,
+    launches,
     own_settings,
     parts,
     provenance,
@@ -47,7 +48,7 @@ from pipeline.runs.console import say
 from pipeline.runs.durable import cut_torn_line, sync_names, sync_tree
 from pipeline.runs.json_files import seal, write_json
 from pipeline.runs.metrics import METRICS_FILE
-from pipeline.runs.processes import all_cores, is_main_process, wait_for_everyone
+from pipeline.runs.processes import all_cores, is_main_process, on_main_process, wait_for_everyone
 from pipeline.runs.run import BEING_EMPTIED, Run, write_unfinished
 from pipeline.runs.settings import Settings, plain, without_data_paths, without_model_paths
 from pipeline.runs.tracking import log_inputs, log_output, track
@@ -108,6 +109,8 @@ def build(
     read, directory, place = take_read(), run.stage_dir(stage), run.place(stage)
     inputs = Inputs(run.settings(settings), dict(parents), data)
     begun = Inputs(resumable_as(inputs.settings), inputs.parents, data)
+    if rebuilds(run.config.overwrite, run.stage) and not run.overwrite:
+        say(stage.name, f"this launch ({launches.present()}) has already rebuilt {directory}")
     if not run.overwrite and (done := _find_up_to_date(run, directory, inputs, is_report)) is not None:
         recording.record(run, stage, inputs.settings)
         if not place.is_symlink():
@@ -120,16 +123,16 @@ def build(
     _check_inputs(run, stage, [artifact for artifact in read if artifact.directory not in (place, directory)])
     # Tracking may fail to start, so it starts before anything is deleted.
     with _lock(run, place), track(run, stage.name, place.parent), interruptions.working(run, stage):
-        _on_main_process(lambda: recording.record(run, stage, inputs.settings))
+        on_main_process(lambda: recording.record(run, stage, inputs.settings))
         if stage.name in parts.STAGES:
-            _on_main_process(lambda: parts.settle(place, run.part))
+            on_main_process(lambda: parts.settle(place, run.part))
             directory = run.stage_dir(stage)
         keep_files = is_report and not run.overwrite
-        _on_main_process(lambda: _prepare(run, stage, directory, begun, keep_files, keeps_metrics))
+        on_main_process(lambda: _prepare(run, stage, directory, begun, keep_files, keeps_metrics))
         commands.mark_begun(stage.name)
         log_inputs(run, inputs.parents, inputs.data)
         result, seconds = _work(lambda: work(directory), on_every_process)
-        _on_main_process(lambda: _publish(run, stage, directory, inputs, result, seconds))
+        on_main_process(lambda: _publish(run, stage, directory, inputs, result, seconds))
         artifact = load(directory)
         log_output(artifact)
     stopping.raise_if_asked(f" after stage={stage.name}")
@@ -143,7 +146,7 @@ def _check_inputs(run: Run, stage: Stage, inputs: Sequence[Artifact]) -> None:
         CheckFailed: a file has changed since its stage wrote it.
     """
     if run.config.artifacts.check is ArtifactCheck.full:
-        _on_main_process(lambda: damage.raise_if_damaged(inputs, stage.name))
+        on_main_process(lambda: damage.raise_if_damaged(inputs, stage.name))
 
 
 def _work(work: Callable[[], Result], on_every_process: bool) -> tuple[Result | None, float]:
@@ -157,15 +160,6 @@ def _work(work: Callable[[], Result], on_every_process: bool) -> tuple[Result | 
             result = work()
     wait_for_everyone()
     return result, time.monotonic() - started
-
-
-def _on_main_process(act: Callable[[], None]) -> None:
-    """Let the main process act while the others wait."""
-    wait_for_everyone()
-    if is_main_process():
-        with all_cores():
-            act()
-    wait_for_everyone()
 
 
 def _find_up_to_date(run: Run, directory: Path, inputs: Inputs, is_report: bool) -> Artifact | None:
@@ -297,6 +291,7 @@ def _publish(run: Run, stage: Stage, directory: Path, inputs: Inputs, result: Re
         "digests": {**found.digests, **records},
         "seconds": round(seconds, 3),
         **provenance.record(),
+        **launches.note(),
     }
     sync_tree(directory)  # artifact.json must not reach the disk before the files that it describes
     write_json(directory / ARTIFACT_FILE, seal(record))

@@ -7,7 +7,7 @@ from pipeline.config import ExportTarget, PipelineConfig, Stage
 from pipeline.config.controls import DIRECTORY as CONTROLS_DIR
 from pipeline.config.groups import RECIPE
 from pipeline.config.overrides import assignment, belongs_to_run, by_key, key_of, shown
-from pipeline.runs import own_settings
+from pipeline.runs import launches, own_settings
 
 _CHOOSES_PLACE = ("stage", "run_dir", "overwrite")
 
@@ -129,28 +129,40 @@ class Place:
 
 
 def locate(directory: Path) -> Place | None:
-    """Return what `<run_dir>/<stage>` or `<run_dir>/<stage>/<target>` holds. Return None for other directories."""
+    """Return what `<run_dir>/<stage>` or `<run_dir>/<stage>/<target>` holds. Return None for other directories.
+
+    The target of `<run_dir>/export` is the one that it shows by links (see `parts`).
+    """
     above = directory.parent
     if directory.name in Stage.__members__:
-        return Place(Stage[directory.name], above)
-    if above.name not in Stage.__members__:
-        return None
-    target = (f"export.target={directory.name}",) if directory.name in ExportTarget.__members__ else ()
-    return Place(Stage[above.name], above.parent, target)
+        record = directory / "artifact.json"
+        return Place(Stage[directory.name], above, _target(record.readlink().parent) if record.is_symlink() else ())
+    return Place(Stage[above.name], above.parent, _target(directory)) if above.name in Stage.__members__ else None
+
+
+def _target(part: Path) -> tuple[str, ...]:
+    return (f"export.target={part.name}",) if part.name in ExportTarget.__members__ else ()
 
 
 def resume() -> str:
-    """Return the command that goes on with the interrupted command, and rebuilds no stage twice."""
+    """Return the command that goes on with the interrupted command, and rebuilds no stage twice.
+
+    It asks to rebuild the stages that have not begun. The jobs of a sweep and the controls are built one after another.
+    Their command belongs to the launch of the interrupted one (see `launches`), so it rebuilds only the others.
+    """
     command = _current
     if command is None:
         return "the same command, without overwrite=true"
     if command.is_sweep:
-        return shown([each for each in command.arguments if key_of(each) != "overwrite"])
+        arguments = [each for each in command.arguments if each != "overwrite=false"]
+        asks = any(key_of(each) == "overwrite" for each in arguments)
+        return (launches.prefix() if asks else "") + shown(arguments)
     given = by_key(each for each in command.arguments if "=" in each)
     own = [text for key, text in given.items() if not belongs_to_run(key) and key not in _CHOOSES_PLACE]
     if command.pending:
         own.append(f"overwrite={'true' if command.pending == [command.stage] else ','.join(command.pending)}")
-    return run_command(Stage[command.stage], command.run_dir, *own)
+    is_in_parts = Stage.controls.name in command.pending
+    return (launches.prefix() if is_in_parts else "") + run_command(Stage[command.stage], command.run_dir, *own)
 
 
 def _needed(run_dir: str) -> dict[str, str] | None:

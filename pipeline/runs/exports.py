@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pipeline.config import Stage
 from pipeline.config.targets import TARGETS
-from pipeline.runs import parts
+from pipeline.runs import parts, passing_over
 from pipeline.runs.artifacts import Artifact, Kind, load
-from pipeline.runs.processes import is_main_process
+from pipeline.runs.processes import on_main_process
 from pipeline.runs.records import VerifyRecord
 from pipeline.runs.run import Run
 from pipeline.runs.up_to_date import say_if_needed
@@ -56,34 +56,39 @@ def is_export(name: str) -> bool:
     return first == NAME and (target in TARGETS or not target)
 
 
-def require(run: Run) -> Artifact:
-    """Return the export that export.target names, or the last one if it is null.
+def choose(run: Run) -> Run:
+    """Return the run in which `export` means one export: the one that export.target names, else the last one.
+
+    So the choice does not change if another export is made meanwhile. `export/` gets its links back if it holds copies.
 
     Raises:
-        UserError: as `Run.require` and `parts.restore_links`.
+        UserError: export.target is null and an export is unfinished, or as `parts.restore_links`.
     """
-    if is_main_process():
-        parts.restore_links(run.place(Stage.export))
-    export = run.require(Stage.export)
-    _tell_of_others(run, export)
-    return export
+    place = run.place(Stage.export)
+    on_main_process(lambda: parts.restore_links(place))
+    if not run.is_complete(Stage.export):
+        return run
+    if run.asked_part is None:
+        passing_over.raise_if_export_is_passed_over(run)
+        if others := [name for name in parts.complete(place) if name != run.part]:
+            taken = run.stage_dir(Stage.export)
+            say_if_needed(run.stage.name, f"takes {taken}; export.target chooses another: {', '.join(others)}")
+    return Run(run.config, run.part)
 
 
-def directory_to_verify(run: Run) -> Path:
-    """Return the directory of the export that `require` returns. It is `<run_dir>/export` if this shows the export.
+def require(run: Run) -> Artifact:
+    """Return the export that `choose` chooses.
 
-    So the proof covers the files that users and scripts find there. Files are not checked.
+    Raises:
+        UserError: as `choose` and `Run.require`.
     """
-    export, place = run.require(Stage.export, check_files=False), run.place(Stage.export)
-    _tell_of_others(run, export)
-    return place if parts.shown(place) == run.part else export.directory
+    return choose(run).require(Stage.export)
 
 
-def _tell_of_others(run: Run, export: Artifact) -> None:
-    others = parts.complete(run.place(Stage.export))
-    others.pop(run.part, None)
-    if others and run.asked_part is None:
-        say_if_needed(run.stage.name, f"takes {export.directory}; export.target chooses another: {', '.join(others)}")
+def find_stale(run: Run) -> dict[str, str]:
+    """Find the complete exports whose model was rebuilt later: target -> message with the command that rebuilds it."""
+    found = {each.target: run.staleness(each.artifact) for each in find_all(run.directory)}
+    return {target: message for target, message in found.items() if message is not None}
 
 
 def find_all(run_directory: Path) -> list[Export]:
@@ -123,9 +128,15 @@ def part_of(run: Run, directory: Path) -> str | None:
 
 
 def find_proof(run: Run, export: Artifact) -> Artifact | None:
-    """Return the artifact of the `verify` that passed on this export, or None. A failed `verify` leaves no artifact."""
-    there = parts.complete(run.place(Stage.verify)).values()
-    return _proof_of(export, [load(each) for each in there])
+    """Return the artifact of the `verify` that passed on this export, or None. A failed `verify` leaves no artifact.
+
+    Other proofs are read only if the export's own directory in `verify/` has none.
+    """
+    there = parts.complete(run.place(Stage.verify))
+    own = there.pop(part_of(run, export.directory) or "", None)
+    directories = [*([own] if own else []), *there.values()]
+    proof = _proof_of(export, (load(each, check_files=False) for each in directories))
+    return None if proof is None else load(proof.directory)
 
 
 def missing_proof(run: Run, export: Artifact) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import PipelineConfig
 from pipeline.errors import UserError
-from pipeline.runs import console, other_libraries, preflight, tracking
+from pipeline.runs import console, launches, other_libraries, preflight, tracking
 from pipeline.runs.one_stage import run_stage
 from pipeline.runs.preflight import FindMore
 from pipeline.runs.run import Run
@@ -35,6 +35,8 @@ def run_job(config: PipelineConfig, find_ahead: FindMore) -> "Artifact":
     other_libraries.silence()
     try:
         preflight.check(config, find_ahead)
+        if config.overwrite is not False:
+            launches.agree()
         with tracking.one_hint(config.stage.name):
             for stage in Run(config).earlier_stages():
                 run_stage(replace(config, stage=stage, overwrite=False))

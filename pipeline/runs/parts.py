@@ -18,7 +18,13 @@ from typing import Any
 
 from pipeline.config import Stage
 from pipeline.errors import UserError
-from pipeline.runs.artifacts import ARTIFACT_FILE, CHECKPOINTS_DIR, SHARDS_FILE, UNFINISHED_FILE
+from pipeline.runs.artifacts import (
+    ARTIFACT_FILE,
+    CHECKPOINTS_DIR,
+    SHARDS_FILE,
+    UNFINISHED_FILE,
+    advise_rebuild,
+)
 from pipeline.runs.console import say, warn
 from pipeline.runs.durable import sync
 
@@ -43,6 +49,12 @@ def complete(place: Path) -> dict[str, Path]:
     if _is_older(place) and (place / ARTIFACT_FILE).is_file():
         found[_older_name(place) or place.name] = place
     return dict(sorted(found.items()))
+
+
+def unfinished(place: Path) -> dict[str, Path]:
+    """Find the parts of a stage that have begun and are not complete: name -> directory, in the order of the names."""
+    there = (path.parent for path in sorted(place.glob(f"*/{UNFINISHED_FILE}")))
+    return {path.name: path for path in there if not (path / ARTIFACT_FILE).is_file()}
 
 
 def newest(place: Path) -> str | None:
@@ -89,31 +101,47 @@ def show(part: Path) -> None:
         warn(place.name, f"{place} cannot show {part} by links ({file}: {error.strerror}). Use {part}.")
 
 
+def resolve(directory: Path) -> Path:
+    """Return the directory of the part that a stage's directory shows. Return any other directory as it is.
+
+    Raises:
+        UserError: a file in the place of a link has other bytes than the file of the part.
+    """
+    name = None if _is_older(directory) else shown(directory)
+    if name is None:
+        return directory
+    _raise_if_altered(directory, name)
+    return directory / name
+
+
 def restore_links(place: Path) -> None:
-    """Replace the files that a copy of the run holds in the place of links by links.
+    """Replace files in the place of links by links. A copy of the run holds such files.
 
     Raises:
         UserError: one of these files is no copy, because it has other bytes.
     """
-    name = _copied_name(place)
-    if name is None:
-        return
+    part = resolve(place)
+    if part != place and any(True for _ in _copies(place, part.name)):
+        say(place.name, f"{place} holds copies of files in {part}. They are replaced by links.")
+        show(part)
+
+
+def _raise_if_altered(place: Path, name: str) -> None:
     others = [file for file, is_same in _copies(place, name) if not is_same]
     if others:
+        part = place / name
         raise UserError(
-            f"{place / others[0]}: differs from {place / name / others[0]}, although both belong to the same export."
-            " Delete the wrong one. If that is the latter, export again with overwrite=true."
+            f"{place / others[0]}: differs from {part / others[0]}, although both belong to the same export. Delete the"
+            f" former if it is wrong. Otherwise, the export is wrong. {advise_rebuild(part)}"
         )
-    say(place.name, f"{place} holds copies of the files in {place / name}. They are replaced by links.")
-    show(place / name)
 
 
 def hide(place: Path, name: str | None = None) -> None:
     """Remove the links to a part, or all links to parts. The link to artifact.json goes first."""
     there = [file for file, target in _links(place) if name in (None, target)]
-    copied = _copied_name(place)
-    if copied is not None and name in (None, copied):
-        there += [file for file, is_same in _copies(place, copied) if is_same]
+    seen = None if _is_older(place) else shown(place)
+    if seen is not None and name in (None, seen):
+        there += [file for file, is_same in _copies(place, seen) if is_same]
     for file in sorted(there, key=lambda file: file != ARTIFACT_FILE):
         (place / file).unlink()
         if file == ARTIFACT_FILE:

@@ -1,21 +1,45 @@
 """Refuse to take an earlier model silently when the run has begun a later one."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.config import Stage
 from pipeline.errors import UserError
+from pipeline.runs import parts
 from pipeline.runs.artifacts import ARTIFACT_FILE, MODEL_STAGES, UNFINISHED_FILE, Artifact
 from pipeline.runs.records import ExportRecord
 from pipeline.runs.run import Run
 
 
-def find_unfinished(run: Run, among: Sequence[Stage]) -> list[Stage]:
-    """List the stages that have begun and are not complete."""
-    return [
-        stage
-        for stage in among
-        if (run.stage_dir(stage) / UNFINISHED_FILE).is_file() and not (run.stage_dir(stage) / ARTIFACT_FILE).is_file()
-    ]
+@dataclass(frozen=True)
+class Unfinished:
+    """A stage that has begun and is not complete.
+
+    Attributes:
+        name: name of the stage. For an export, with its target: `export/gguf`.
+        directory: directory of the stage.
+        command: the command that finishes it.
+    """
+
+    name: str
+    directory: Path
+    command: str
+
+
+def find_unfinished(run: Run, among: Sequence[Stage]) -> list[Unfinished]:
+    """List the stages that have begun and are not complete. Each export counts on its own."""
+    found = []
+    for stage in among:
+        if stage.name in parts.STAGES:
+            for target, directory in parts.unfinished(run.place(stage)).items():
+                command = run.command(stage, f"export.target={target}")
+                found.append(Unfinished(f"{stage.name}/{target}", directory, command))
+            continue
+        directory = run.stage_dir(stage)
+        if (directory / UNFINISHED_FILE).is_file() and not (directory / ARTIFACT_FILE).is_file():
+            found.append(Unfinished(stage.name, directory, run.command(stage)))
+    return found
 
 
 def raise_if_passed_over(run: Run, chosen: Stage, among: Sequence[Stage], key: str) -> None:
@@ -31,8 +55,19 @@ def raise_if_passed_over(run: Run, chosen: Stage, among: Sequence[Stage], key: s
     if run.is_complete(chosen) and (unfinished := find_unfinished(run, later)):
         last = unfinished[-1]
         raise UserError(
-            f"{run.stage_dir(last)} is unfinished, so {key} is not clear. Finish {last.name}: {run.command(last)}. Or"
-            f" take the newest complete model: {run.command(run.stage, f'{key}={chosen.name}')}"
+            f"{last.directory} is unfinished, so {key} is not clear. Finish {last.name}: {last.command}. Or take the"
+            f" newest complete model: {run.command(run.stage, f'{key}={chosen.name}')}"
+        )
+
+
+def raise_if_export_is_passed_over(run: Run) -> None:
+    """Raise UserError if export.target is null, and an export is unfinished beside the complete one of `Run.part`."""
+    is_open = run.asked_part is None and run.is_complete(Stage.export)
+    if is_open and (unfinished := find_unfinished(run, [Stage.export])):
+        last = unfinished[-1]
+        raise UserError(
+            f"{last.directory} is unfinished, so export.target is not clear. Finish {last.name}: {last.command}. Or"
+            f" take the complete export: {run.command(run.stage, f'export.target={run.part}')}"
         )
 
 
@@ -52,6 +87,6 @@ def raise_if_export_is_older(run: Run, export: Artifact) -> None:
         again = run.command(Stage.export, f"export.target={record.target}", "overwrite=true")
         raise UserError(
             f"{export.directory} was made from {source}, but {last.name} has begun since and is unfinished. Finish"
-            f" {last.name}: {run.command(last)}, then export and verify again: {again}. Or use this export as it is:"
+            f" {last.name}: {last.command}, then export and verify again: {again}. Or use this export as it is:"
             f" {run.command(run.stage, f'export.source={source}')}"
         )

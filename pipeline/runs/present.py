@@ -12,7 +12,7 @@ from pipeline.config import PipelineConfig, Stage, composition, listed_stages
 from pipeline.config.groups import RECIPE
 from pipeline.config.overrides import assignment, belongs_to_run, by_key, has_secret, is_override
 from pipeline.errors import user_errors
-from pipeline.runs import commands, console, interruptions, taken_settings
+from pipeline.runs import commands, console, interruptions, launches, taken_settings
 from pipeline.runs.commands import Command
 from pipeline.runs.own_settings import RECORD_FILE, OwnSettings
 
@@ -28,6 +28,7 @@ def forget() -> None:
     _line, _taken = [], None
     commands.forget()
     interruptions.forget()
+    launches.forget()
 
 
 @contextmanager
@@ -55,6 +56,7 @@ def begin(arguments: list[str], find_problems: Callable[[list[str]], list[str]])
         UserError: an argument is wrong, or the record of the run is.
     """
     global _line, _taken
+    launches.begin()
     if found := find_problems(arguments):
         raise user_errors(found)
     _line, _taken = arguments, taken_settings.find(arguments)

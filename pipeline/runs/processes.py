@@ -2,10 +2,13 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 _PATIENCE = timedelta(days=1)
 _ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +60,18 @@ def wait_for_everyone() -> None:
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE).wait_for_everyone()
 
 
+def main_process_value(value: Value) -> Value:
+    """Return the main process's value, after all processes have reached this point."""
+    if process_count() == 1:
+        return value
+    wait_for_everyone()
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Value] = [value]
+    broadcast_object_list(found)
+    return found[0]
+
+
 @contextmanager
 def all_cores() -> Iterator[None]:
     """Let this process compute on all cores it may use, while the other processes of this machine wait.
@@ -74,6 +89,15 @@ def all_cores() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def on_main_process(act: Callable[[], None]) -> None:
+    """Let the main process act while the others wait."""
+    wait_for_everyone()
+    if is_main_process():
+        with all_cores():
+            act()
+    wait_for_everyone()
 
 
 def environment_with_all_cores() -> dict[str, str]:

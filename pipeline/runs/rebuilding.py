@@ -1,14 +1,14 @@
 """Check what `stage=all` would discard for `overwrite`, before it discards anything."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import PipelineConfig, Stage, listed_stages
 from pipeline.config.controls import DIRECTORY as CONTROLS_DIR
 from pipeline.errors import UserError
-from pipeline.runs import parts
+from pipeline.runs import launches, parts
 from pipeline.runs.artifacts import ARTIFACT_FILE, CHECKPOINTS_DIR, MODEL_STAGES, UNFINISHED_FILE, load
+from pipeline.runs.json_files import read_record
 from pipeline.runs.run import START, Run
 
 _MINUTE, _HOUR = 60.0, 3600.0
@@ -77,8 +77,10 @@ def _parents(here: Run, stage: Stage) -> set[Stage]:
     if stage is Stage.export:
         source = _exported_from(directory)
         return {Stage[source]} if source in Stage.__members__ else set()
-    file = directory / (ARTIFACT_FILE if (directory / ARTIFACT_FILE).is_file() else UNFINISHED_FILE)
-    parents = json.loads(file.read_text(encoding="utf-8"))["parents"]
+    if (directory / ARTIFACT_FILE).is_file():
+        parents = load(directory, check_files=False).parents
+    else:
+        parents = (here.read_unfinished(directory) or {"parents": {}})["parents"]
     return {Stage[name] for name in parents if name in Stage.__members__ and name != START}
 
 
@@ -105,21 +107,24 @@ def _duration(seconds: float | None) -> str:
 def _seconds(here: Run, stage: Stage) -> float | None:
     """Return the time that a stage took: 0 if it is unfinished, and None if there is nothing to lose.
 
-    Only the run's own stages count. A stage in `base_run` is never rebuilt.
+    Only the run's own stages count. A stage in `base_run` is never rebuilt, and neither is one that the present launch
+    has begun.
     """
     if stage is Stage.controls:
         made = [_own_seconds(path.parent) for path in (here.directory / CONTROLS_DIR).glob(f"*/*/{ARTIFACT_FILE}")]
-        return sum(each or 0.0 for each in made) if made else None
+        lost = [each for each in made if each is not None]
+        return sum(lost) if lost else None
     return _own_seconds(here.stage_dir(stage) if stage.name in parts.STAGES else here.directory / stage.name)
 
 
 def _own_seconds(directory: Path) -> float | None:
-    if directory.is_symlink():
+    written = any(launches.has_written(directory / name) for name in (ARTIFACT_FILE, UNFINISHED_FILE))
+    if directory.is_symlink() or written:
         return None
     if (directory / ARTIFACT_FILE).is_file():
         try:
-            return float(json.loads((directory / ARTIFACT_FILE).read_text(encoding="utf-8"))["seconds"]) or 0.001
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0.001  # a damaged stage is rebuilt
+            return float(read_record(directory / ARTIFACT_FILE)["seconds"]) or 0.001
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return 0.001  # a damaged stage counts, because rebuilding it may be what the user wants
     has_work = (directory / UNFINISHED_FILE).is_file() and (directory / CHECKPOINTS_DIR).is_dir()
     return 0.0 if has_work else None

@@ -3,13 +3,14 @@
 Code that reads or writes stages gets a `Run`, not the whole configuration.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import DEFAULT_TARGET, PipelineConfig, QuantizeSource, Stage, rebuilds
+from pipeline.config.overrides import assignment
 from pipeline.errors import UserError
-from pipeline.runs import parts
+from pipeline.runs import launches, parts
 from pipeline.runs.artifacts import (
     ARTIFACT_FILE,
     ARTIFACT_VERSION,
@@ -22,6 +23,7 @@ from pipeline.runs.artifacts import (
 )
 from pipeline.runs.commands import locate, run_command
 from pipeline.runs.json_files import read_record, seal, write_json
+from pipeline.runs.records import ExportRecord
 from pipeline.runs.settings import Settings, choose_settings
 
 BEING_EMPTIED: dict[str, Any] = {"is_being_emptied": True, "settings": {}, "parents": {}, "data": None}
@@ -31,7 +33,7 @@ SOURCE_DIR, DATA_DIR, PREDICTIONS_DIR = "source", "data", "predictions"
 
 The predictions are safe to delete.
 """
-_MODEL_PATH = "model.path"
+_MODEL_PATH, _EXPORT_SOURCE = "model.path", "export.source"
 START = "start"
 """Name of the parent that is the model in `sft.start`."""
 
@@ -44,7 +46,7 @@ class Run:
         stage: the stage that the user asked for.
         recipe: name of the recipe.
         directory: directory of the run.
-        overwrite: whether to rebuild a complete stage.
+        overwrite: whether to rebuild a complete stage. It is False for a stage that the present launch has completed.
         asked_part: name of the part (see `runs.parts`) that the user asked for, or None.
     """
 
@@ -60,9 +62,10 @@ class Run:
         self.stage = config.stage
         self.recipe = config.recipe
         self.directory = _absolute(config.run_dir)
-        self.overwrite = rebuilds(config.overwrite, config.stage)
         self.asked_part = part or (config.export.target and config.export.target.name)
         self._shared = None if config.base_run is None else _absolute(config.base_run)
+        asks = rebuilds(config.overwrite, config.stage)
+        self.overwrite = asks and not launches.has_written(self._own_dir(config.stage.name) / ARTIFACT_FILE)
 
     def stage_dir(self, stage: Stage | str) -> Path:
         """Return the directory of a stage, in this run or in `base_run`.
@@ -72,14 +75,19 @@ class Run:
         of an export may end with its target (`export/gguf`). Otherwise `part` in `Run` names the target.
         """
         name = stage.name if isinstance(stage, Stage) else stage
-        first, _, part = name.partition("/")
-        if first in parts.STAGES:
-            return parts.find(self.directory / first, part or self.part)
-        own = self.directory / name
+        own = self._own_dir(name)
+        if name.partition("/")[0] in parts.STAGES:
+            return own
         if self._shared is None or (own / ARTIFACT_FILE).is_file() or (own / UNFINISHED_FILE).is_file():
             return own
         shared = self._shared / name
         return shared if name not in Stage.__members__ or self._can_use(shared) else own
+
+    def _own_dir(self, name: str) -> Path:
+        first, _, part = name.partition("/")
+        if first in parts.STAGES:
+            return parts.find(self.directory / first, part or self.part)
+        return self.directory / name
 
     def place(self, stage: Stage) -> Path:
         """Return the directory of a stage. If the stage has parts, it is the directory above them."""
@@ -117,25 +125,47 @@ class Run:
     def staleness(self, artifact: Artifact) -> str | None:
         """Return a message if a model of this run is stale, else None.
 
-        A model is stale if a stage before it was rebuilt. A parent is not checked if its directory was removed to save
-        space. A report is not checked, because its stage rebuilds it if its inputs have changed.
+        A model is stale if a stage before it was rebuilt. An export is stale if the exported model was rebuilt, or is
+        stale itself. A parent is not checked if its directory was removed to save space. A report is not checked,
+        because its stage rebuilds it if its inputs have changed.
         """
         if artifact.kind is Kind.report:
             return None
-        for name, fingerprint in artifact.parents.items():
-            directory = self.stage_dir(name)
-            if name in Stage.__members__ and (directory / ARTIFACT_FILE).is_file():
-                parent = load(directory, check_files=False)
-                if parent.fingerprint != fingerprint:
-                    place = locate(artifact.directory)
-                    again = self.command(Stage[artifact.stage], *(place.target if place else ()), "overwrite=true")
-                    return (
-                        f"{artifact.directory} was made from an earlier {name}, which was rebuilt later."
-                        f" Rebuild it: {again}"
-                    )
-                if (inherited := self.staleness(parent)) is not None:
-                    return inherited
+        is_export = artifact.stage == Stage.export.name
+        for name, parent, fingerprint in self._exported(artifact) if is_export else self._parents(artifact):
+            if parent.fingerprint != fingerprint:
+                return (
+                    f"{artifact.directory} was made from an earlier {name}, which was rebuilt later."
+                    f" Rebuild it: {self._rebuild_command(artifact)}"
+                )
+            is_own = name in Stage.__members__ and parent.directory == self.stage_dir(name)
+            if is_own and (inherited := self.staleness(parent)) is not None:
+                return inherited
         return None
+
+    def _parents(self, artifact: Artifact) -> Iterator[tuple[str, Artifact, str]]:
+        """Yield the stages of the run that a model was made from: name, artifact, and the fingerprint at that time."""
+        for name, fingerprint in artifact.parents.items():
+            if name in Stage.__members__ and self.is_complete(Stage[name]):
+                yield name, load(self.stage_dir(name), check_files=False), fingerprint
+
+    def _exported(self, export: Artifact) -> Iterator[tuple[str, Artifact, str]]:
+        """Yield the model that an export was made from, as `_parents`. If it is at no known place, yield nothing.
+
+        The run may have been moved or copied, or the model may be in another run. So two places are possible.
+        """
+        record, fingerprint = export.read(ExportRecord), export.parents["model"]
+        name = record.exported_from
+        own = self.stage_dir(name) if name in Stage.__members__ else self.directory / name
+        places = dict.fromkeys([own, Path(record.exported_directory)])
+        there = [load(place, check_files=False) for place in places if (place / ARTIFACT_FILE).is_file()]
+        if there:
+            yield name, next((each for each in there if each.fingerprint == fingerprint), there[0]), fingerprint
+
+    def _rebuild_command(self, artifact: Artifact) -> str:
+        place, source = locate(artifact.directory), artifact.settings.get(_EXPORT_SOURCE)
+        named = [assignment(_EXPORT_SOURCE, source)] if isinstance(source, str) else []
+        return self.command(Stage[artifact.stage], *(place.target if place else ()), *named, "overwrite=true")
 
     def report_parents(self, stage: Stage) -> dict[str, str]:
         """Return the parents of a stage's report. The report may be unfinished. Without a report, the result is empty.
@@ -230,6 +260,7 @@ def _read_unfinished(directory: Path) -> dict[str, Any] | None:
     try:
         record = read_record(path)
         version = record.pop("version", 1)
+        record.pop(launches.KEY, None)
         if {"settings", "parents", "data"} - record.keys() or not isinstance(version, int):
             raise ValueError("it lacks the stage's inputs")
     except (FileNotFoundError, NotADirectoryError):
@@ -245,7 +276,7 @@ def _read_unfinished(directory: Path) -> dict[str, Any] | None:
 
 def write_unfinished(directory: Path, inputs: Mapping[str, Any]) -> None:
     """State the inputs of an unfinished stage in unfinished.json."""
-    write_json(directory / UNFINISHED_FILE, seal({"version": ARTIFACT_VERSION, **inputs}))
+    write_json(directory / UNFINISHED_FILE, seal({"version": ARTIFACT_VERSION, **inputs, **launches.note()}))
 
 
 def _absolute(path: str) -> Path:

@@ -16,7 +16,7 @@ from pipeline.config import PipelineConfig, Stage
 from pipeline.runs import up_to_date
 from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
-from pipeline.runs.console import say
+from pipeline.runs.console import say, warn
 from pipeline.runs.json_files import write_json
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import is_main_process
@@ -41,6 +41,9 @@ def run(config: PipelineConfig) -> Artifact:
     found = _runs(config, here)
     if config.compare.runs:
         here = Run(replace(config, run_dir=place_report(config, found), base_run=None))
+    for run in found:
+        for model, reason in run.stale_exports.items():
+            warn("compare", f"{model}: skipped, because it is stale: {reason}")
     report = content.collect(found, config.compare.examples, config.compare.margin)
     names = [run.directory.as_posix() if config.compare.runs else "evaluate" for run in found]
     artifact = build(

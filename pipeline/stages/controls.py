@@ -27,14 +27,15 @@ def run(config: PipelineConfig) -> Artifact:
     has_mxfp4 = upcast.kind is Kind.packed or upcast.read(UpcastRecord).decoded_tensors > 0
     if (reason := reason_without_parts(config, has_mxfp4=has_mxfp4)) is not None:
         say("controls", f"{BF16_PARTS}: skipped, because {reason}")
-    return [_make(here, upcast, each) for each in controls_of(config, str(sft.directory), has_mxfp4=has_mxfp4)][-1]
+    made = [_make(here, upcast, each) for each in controls_of(config, str(sft.directory), has_mxfp4=has_mxfp4)]
+    commands.mark_begun(Stage.controls.name)  # only now, because controls that have not begun are still to be rebuilt
+    return made[-1]
 
 
 def _make(here: Run, upcast: Artifact, control: Control) -> Artifact:
     """Run the stages of one control. Its upcast is the main run's if its experts are packed, as BF16 parts need."""
     shares_upcast = upcast.kind is Kind.packed
     stages = [stage for stage in control.stages if stage is not Stage.upcast or not shares_upcast]
-    commands.mark_begun(Stage.controls.name)
     up_to_date.say_if_needed("controls", f"{control.name}: {control.config.run_dir}")
     try:
         controls.prepare(here, control, stages)

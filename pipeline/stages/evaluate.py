@@ -14,7 +14,7 @@ from pipeline.evaluate.measure import Measure, Task, file_name
 from pipeline.evaluate.scorers import judge
 from pipeline.models import references
 from pipeline.models.references import ModelRef
-from pipeline.runs import controls, passing_over
+from pipeline.runs import controls, exports, passing_over
 from pipeline.runs.artifacts import EVALUATED_STAGES, MODEL_STAGES, Artifact, Kind, Result, load
 from pipeline.runs.building import build
 from pipeline.runs.console import say, warn
@@ -38,6 +38,8 @@ def run(config: PipelineConfig) -> Artifact:
     here = Run(config)
     asked_for = _asked_for(here, config.evaluate)
     task = measure.prepare(here, config.data, config.model, config.evaluate)
+    for target, reason in exports.find_stale(here).items():
+        warn("evaluate", f"export/{target}: skipped, because it is stale: {reason}")
     before: list[ModelRef | Served] = [*_measured_before(here), *_served_before(task)]
     # Servers come first: local models may take hours, and a server's errors should show before that.
     everything = sorted([*before, *asked_for], key=lambda subject: isinstance(subject, ModelRef))
@@ -75,8 +77,8 @@ def _refs(here: Run, source: str | None) -> list[ModelRef]:
         raise UserError(
             f"evaluate.source={_ALL}: {here.config.run_dir} has no model yet. Run first: {here.command(Stage.upcast)}"
         )
-    for stage in passing_over.find_unfinished(here, EVALUATED_STAGES):
-        warn("evaluate", f"{stage.name}: skipped, because it is unfinished. Finish it: {here.command(stage)}")
+    for each in passing_over.find_unfinished(here, EVALUATED_STAGES):
+        warn("evaluate", f"{each.name}: skipped, because it is unfinished. Finish it: {each.command}")
     stages = [references.stage_ref(here, stage) for stage in complete if stage is not Stage.export]
     stages += references.export_refs(here)
     for made in controls.find_made(here):

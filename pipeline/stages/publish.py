@@ -32,8 +32,8 @@ def run(config: PipelineConfig) -> Artifact:
         UserError: the export is unfinished or not proven, a later model has begun since, the export has changed since
             `verify`, the base model has changed since `export`, or the upload fails.
     """
-    here = Run(config)
-    export = exports.require(here)
+    here = exports.choose(Run(config))
+    export = here.require(Stage.export)
     passing_over.raise_if_export_is_older(here, export)
     proof = exports.find_proof(here, export)
     if proof is None:

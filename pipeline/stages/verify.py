@@ -60,7 +60,7 @@ def run(config: PipelineConfig) -> Artifact:
     Raises:
         CheckFailed: a check found a problem. The report is written, but no artifact.
     """
-    here = Run(config)
+    here = Run(config) if config.verify.checkpoint is not None else exports.choose(Run(config))
     subject = _subject(config, here)
     here = Run(config, exports.part_of(here, subject.directory) or parts.CHECKPOINT)
     parents = {"checkpoint": subject.found.fingerprint, "reference": subject.reference.fingerprint}
@@ -251,13 +251,13 @@ def _checkpoint(config: PipelineConfig, here: Run) -> Path:
         UserError: the directory is missing, unfinished, or cannot be an export of gpt-oss.
     """
     if config.verify.checkpoint is None:
-        return exports.directory_to_verify(here)
+        return here.require(Stage.export, check_files=False).directory  # a check reports what is wrong with files
     given = f"verify.checkpoint={config.verify.checkpoint}"
     directory = Path(config.verify.checkpoint).expanduser().absolute()
     if not directory.is_dir():
         raise UserError(f"{given}: no such directory.")
     if (directory / ARTIFACT_FILE).is_file():
-        return directory
+        return parts.resolve(directory)
     if (directory / UNFINISHED_FILE).is_file():
         raise UserError(f"{given}: unfinished. Repeat the command that was writing it, then verify.")
     if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import forks
 import pytest
-from conftest import SHORT, run_program
+from conftest import SHORT, linked, run_program
 
 from pipeline.runs import artifacts
 from pipeline.runs.metrics import read_metrics
@@ -55,6 +55,22 @@ def test_two_processes_train_like_one_and_verify_the_export(tmp_path: Path) -> N
         assert losses(two, stage) == pytest.approx(losses(one, stage), rel=1e-5)
         assert token_counts(two, stage) == token_counts(one, stage)
     assert artifacts.load(two / "verify").details["checks"] == artifacts.load(one / "verify").details["checks"]
+
+
+def test_processes_that_start_again_keep_the_stage_that_they_have_rebuilt(smoke_run: Path, tmp_path: Path) -> None:
+    script, run = tmp_path / "restarted.py", linked(tmp_path / "run", smoke_run, "source")
+    script.write_text(
+        "import os, sys\n"
+        "from pipeline import __main__ as program\n"
+        "sys.argv[0] = 'pipeline'\n"
+        "status = program.status(sys.argv[1:])\n"
+        "sys.exit(1 if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' else status)\n"
+    )
+    command = (str(script), "stage=upcast", "recipe=smoke", f"run_dir={run}", "overwrite=true")
+    outcome = launch(*command, launcher=(*TORCHRUN[:-1], "--max-restarts=1", TORCHRUN[-1]))
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    assert outcome.stdout.count("[upcast] done") == 1
+    assert outcome.stdout.count("has already rebuilt") == 1
 
 
 def test_a_process_that_fails_alone_reports_its_error(tmp_path: Path) -> None:

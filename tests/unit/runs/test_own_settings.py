@@ -9,7 +9,7 @@ import yaml
 from conftest import run_program
 
 from pipeline.config import PipelineConfig, Stage
-from pipeline.runs import commands, own_settings, present
+from pipeline.runs import commands, launches, own_settings, present
 from pipeline.runs.artifacts import Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.own_settings import OwnSettings
@@ -330,3 +330,21 @@ def test_the_command_that_goes_on_rebuilds_no_stage_twice(built: list[PipelineCo
 def test_a_sweep_goes_on_with_the_same_command(built: list[PipelineConfig]) -> None:
     assert run_program("-m", "stage=serve", *MADE, "qat.seed=1,2", "overwrite=false") == 0
     assert commands.resume() == "python -m pipeline -m stage=serve run_dir=r recipe=smoke sft.epochs=2 qat.seed=1,2"
+
+
+def test_a_sweep_that_rebuilds_goes_on_in_its_launch(
+    built: list[PipelineConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPT_OSS_QAT_LAUNCH", "mine")
+    monkeypatch.setattr(launches, "_calls", 0)
+    assert run_program("-m", "stage=serve", *MADE, "qat.seed=1,2", "overwrite=true") == 0
+    assert commands.resume().startswith("GPT_OSS_QAT_LAUNCH=mine python -m pipeline -m stage=serve ")
+    assert commands.resume().endswith(" qat.seed=1,2 overwrite=true")
+
+
+def test_controls_that_have_not_begun_are_still_rebuilt(built: list[PipelineConfig]) -> None:
+    assert run_program("stage=controls", "run_dir=r", "recipe=smoke", "controls=true", "overwrite=true") == 0
+    assert commands.resume() == (
+        f"GPT_OSS_QAT_LAUNCH={launches.present()} python -m pipeline stage=controls recipe=smoke run_dir=r"
+        " controls=true overwrite=true"
+    )

@@ -69,8 +69,18 @@ def test_an_export_of_an_earlier_model_is_not_asked_for(run_dir: Path) -> None:
 def test_an_unfinished_training_counts(run_dir: Path) -> None:
     (run_dir / "qat" / "artifact.json").unlink()
     (run_dir / "qat" / "checkpoints").mkdir()
-    (run_dir / "qat" / "unfinished.json").write_text(json.dumps({"settings": {}, "parents": PARENTS["qat"]}))
+    (run_dir / "qat" / "unfinished.json").write_text(
+        json.dumps({"settings": {}, "parents": PARENTS["qat"], "data": None})
+    )
     assert "qat (unfinished)" in error_of(run_dir, "quantize,export")
+
+
+@pytest.mark.parametrize("name", ["artifact.json", "unfinished.json"])
+def test_a_damaged_record_of_another_stage_is_named(run_dir: Path, name: str) -> None:
+    (run_dir / "qat" / "artifact.json").unlink()
+    (run_dir / "qat" / "checkpoints").mkdir()
+    (run_dir / "qat" / name).write_text('{"parents": ')
+    assert f"{run_dir}/qat/{name}: not " in error_of(run_dir, "sft,quantize,export")
 
 
 def test_controls_count_if_the_command_makes_them(run_dir: Path) -> None:
