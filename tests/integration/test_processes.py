@@ -6,7 +6,7 @@ from pathlib import Path
 
 import forks
 import pytest
-from conftest import SHORT, linked, run_program
+from conftest import SHORT, run_program
 
 from pipeline.runs import artifacts
 from pipeline.runs.metrics import read_metrics
@@ -15,17 +15,21 @@ REPOSITORY = Path(__file__).parents[2]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node={}", "--no-python")
 
 
+OWN_TORCHRUN = (str(REPOSITORY / "scripts" / "torchrun"), *TORCHRUN[1:])
+
+
 def launch(*command: str, processes: int = 2, launcher: tuple[str, ...] = TORCHRUN) -> subprocess.CompletedProcess:
     """Run a Python command under a launcher. The launcher and the processes that it starts are forks (`forks`).
 
     Args:
         command: script or module, with its arguments.
         processes: number of processes.
-        launcher: module and flags of the launcher. {} stands for the number of processes. The last flag lets the
+        launcher: module or script of the launcher, and its flags. {} stands for the number of processes. The last flag lets the
             launcher start any command.
     """
     python = forks.interpreter()
-    started = [*python, "-m", *(part.format(processes) for part in launcher), *python, *command]
+    module = [] if "/" in launcher[0] else ["-m"]
+    started = [*python, *module, *(part.format(processes) for part in launcher), *python, *command]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     return subprocess.run(started, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
 
@@ -57,8 +61,8 @@ def test_two_processes_train_like_one_and_verify_the_export(tmp_path: Path) -> N
     assert artifacts.load(two / "verify").details["checks"] == artifacts.load(one / "verify").details["checks"]
 
 
-def test_processes_that_start_again_keep_the_stage_that_they_have_rebuilt(smoke_run: Path, tmp_path: Path) -> None:
-    script, run = tmp_path / "restarted.py", linked(tmp_path / "run", smoke_run, "source")
+def test_processes_that_start_again_keep_the_stage_that_they_have_rebuilt(tmp_path: Path) -> None:
+    script, run = tmp_path / "restarted.py", tmp_path / "run"
     script.write_text(
         "import os, sys\n"
         "from pipeline import __main__ as program\n"
@@ -67,7 +71,7 @@ def test_processes_that_start_again_keep_the_stage_that_they_have_rebuilt(smoke_
         "sys.exit(1 if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' else status)\n"
     )
     command = (str(script), "stage=upcast", "recipe=smoke", f"run_dir={run}", "overwrite=true")
-    outcome = launch(*command, launcher=(*TORCHRUN[:-1], "--max-restarts=1", TORCHRUN[-1]))
+    outcome = launch(*command, launcher=(*OWN_TORCHRUN[:-1], "--max-restarts=1", OWN_TORCHRUN[-1]))
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert outcome.stdout.count("[upcast] done") == 1
     assert outcome.stdout.count("has already rebuilt") == 1
