@@ -24,8 +24,8 @@ def launch(*command: str, processes: int = 2, launcher: tuple[str, ...] = TORCHR
     Args:
         command: script or module, with its arguments.
         processes: number of processes.
-        launcher: module or script of the launcher, and its flags. {} stands for the number of processes. The last flag lets the
-            launcher start any command.
+        launcher: module or script of the launcher, and its flags. {} stands for the number of processes. The last flag
+            lets the launcher start any command.
     """
     python = forks.interpreter()
     module = [] if "/" in launcher[0] else ["-m"]

@@ -135,14 +135,18 @@ def test_a_failed_proof_leaves_the_other_proof_and_shows_its_report(
     assert artifacts.load(copy / "verify" / "mxfp4")
 
 
-def test_a_file_that_took_the_place_of_a_link_is_verified(run: Path, tmp_path: Path) -> None:
+def test_a_file_that_took_the_place_of_a_link_is_not_passed_over(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
     assert command(copy, "export") == 0
     path = copy / "export" / "chat_template.jinja"
     text = path.read_text().replace("a", "b", 1)
     path.unlink()
     path.write_text(text)
-    assert command(copy, "verify") == 1
+    for more in ((), (f"verify.checkpoint={copy / 'export'}",)):
+        assert command(copy, "verify", *more) == 2
+        assert f"{path}: differs from {copy}/export/mxfp4/chat_template.jinja" in capsys.readouterr().err
 
 
 def test_the_proof_of_another_directory_leaves_the_proof_of_the_export(run: Path, tmp_path: Path) -> None:
