@@ -33,6 +33,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send(200 if is_up else 503, body)
 
     def do_POST(self) -> None:
+        print(f"dated {os.environ.get('VLLM_SYSTEM_START_DATE')}", flush=True)
         asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
         print(f"asked {asked}", flush=True)
         if FAULT == "hang":

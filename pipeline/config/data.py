@@ -139,12 +139,12 @@ class DataConfig:
     supervise: Supervise = Supervise.every_turn
     """Assistant turns to train on: every_turn or last_turn. Each one is an example, prompted as at inference."""
     rendering: RenderingForm = RenderingForm.harmony
-    """harmony: the tokens of openai-harmony, as in vLLM and TensorRT-LLM; template: those of the chat template."""
+    """harmony: the tokens of openai-harmony, as in vLLM (0.17 or newer); template: those of the chat template."""
     reasoning_effort: ReasoningEffort = ReasoningEffort.medium
     """Value of the system message's `Reasoning:` line. A row can override it (data.columns.reasoning_effort)."""
     reasoning_language: Optional[str] = None
     """Language in the line "reasoning language: …" before the instructions; null: no line. A row can override it."""
     model_identity: Optional[str] = None
-    """First line of the system message; null: the usual line ("You are ChatGPT, …")."""
+    """First line of the system message; null: the usual line ("You are ChatGPT, …"), as chat APIs write it."""
     conversation_date: str = "2025-08-05"
     """Date in the system message's `Current date:` line. It is fixed, so that runs can be reproduced."""

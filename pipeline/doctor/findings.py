@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from pipeline.config import RenderingForm
-from pipeline.config.engines import engines_that_render
+from pipeline.config.engines import engines_that_render, ways_to_set_first_line
 from pipeline.doctor import fit
 from pipeline.doctor.facts import Facts
 
@@ -26,8 +26,8 @@ def _other_tokens(facts: Facts) -> list[str]:
     return [
         f"examples whose tokens differ from openai-harmony's: {parity['differ']} of {parity['examples']}. The first is"
         f" {first['where']}. Around token {first['position']}, it has {first['ours']!r} instead of {first['theirs']!r}."
-        " Inference engines would send prompts that the model was not trained on. Use the released tokenizer and chat"
-        " template in model.path."
+        f" Inference engines ({', '.join(engines_that_render(facts.plan.data.rendering.name))}) would send prompts that"
+        " the model was not trained on. Use the released tokenizer and chat template in model.path."
     ]
 
 
@@ -95,6 +95,18 @@ def _other_rendering(facts: Facts) -> list[str]:
     ]
 
 
+def _first_line(facts: Facts) -> list[str]:
+    data = facts.plan.data
+    if data.model_identity is None:
+        return []
+    ways = ways_to_set_first_line(data.rendering.name)
+    return [
+        f"data.model_identity={data.model_identity!r} is the first line of every trained prompt, but chat APIs write"
+        f" their own, unless the request sets it: {', '.join(ways)}. For any other engine, send tokens to its"
+        " completions API. Or put the text into the data's instructions, and set data.model_identity=null."
+    ]
+
+
 def _no_reasoning(facts: Facts) -> list[str]:
     found = facts.data["reasoning"]
     if not found["turns_without"]:
@@ -156,6 +168,7 @@ _CHECKS: tuple[Callable[[Facts], list[str]], ...] = (
     _copies,
     _few_to_validate,
     _other_rendering,
+    _first_line,
 )
 """The checks, in the order of their findings.
 

@@ -1,10 +1,12 @@
 """Make the command that starts an engine on an export, and check that the engine can start on this machine."""
 
 import errno
+import os
 import shlex
 import shutil
 import socket
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.checkpoints.config_json import CONFIG, read_config
@@ -25,6 +27,7 @@ class Launch:
 
     Attributes:
         command: the command, one word per item.
+        environment: environment variables of the engine, beside those of this program.
         address: address of the server, without a path.
         health: address that answers with status 200 once the engine is up.
     """
@@ -32,11 +35,13 @@ class Launch:
     command: list[str]
     address: str
     health: str
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def shell_line(self) -> str:
-        """The command as one line of shell."""
-        return shlex.join(self.command)
+        """The command as one line of shell, with its environment variables."""
+        variables = [f"{name}={value}" for name, value in self.environment.items()]
+        return shlex.join([*(["env", *variables] if variables else []), *self.command])
 
     @property
     def api(self) -> str:
@@ -44,13 +49,15 @@ class Launch:
         return f"{self.address}/v1"
 
 
-def plan(serve: ServeConfig, export: Artifact, *, name: str, gpus: int, found: list[str]) -> Launch:
+def plan(serve: ServeConfig, export: Artifact, *, name: str, date: str, gpus: int, found: list[str]) -> Launch:
     """Make the command that starts the engine, and check that the engine can start.
 
     Args:
         serve: settings of the engine.
         export: the export to serve.
         name: name under which the engine offers the model.
+        date: date of the trained prompts. The engine's chat prompts get it, if the engine allows that, and if the
+            user's environment does not set another.
         gpus: number of visible GPUs.
         found: problems that the caller has found. They are reported together with the problems found here.
 
@@ -73,7 +80,12 @@ def plan(serve: ServeConfig, export: Artifact, *, name: str, gpus: int, found: l
     values["model"] = server.model_in(export.directory, export.files)
     host = _EVERY_ADDRESS.get(serve.host, serve.host)
     address = f"http://{f'[{host}]' if ':' in host else host}:{serve.port}"
-    return Launch(server.arguments(_program(serve), values, serve.extra_arguments), address, address + server.health)
+    command = server.arguments(_program(serve), values, serve.extra_arguments)
+    return Launch(command, address, address + server.health, _environment(server, date, os.environ))
+
+
+def _environment(server: Server, date: str, ours: Mapping[str, str]) -> dict[str, str]:
+    return {server.date_variable: ours.get(server.date_variable, date)} if server.date_variable else {}
 
 
 def largest_parallel(shape: Shape, gpus: int) -> int:

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,8 +26,8 @@ _TAIL_BYTES = 1 << 14
 class EngineProcess:
     """A running engine. Its output goes to a log. Leaving the `with` block ends the engine, even after an error."""
 
-    def __init__(self, name: str, command: list[str], log: Path) -> None:
-        """Start the engine.
+    def __init__(self, name: str, command: list[str], log: Path, environment: Mapping[str, str]) -> None:
+        """Start the engine. Its environment has the variables of this program, and those in `environment`.
 
         Raises:
             UserError: the program cannot be started.
@@ -40,7 +40,7 @@ class EngineProcess:
             try:
                 self._process = subprocess.Popen(
                     command,
-                    env=allocator.without_our_setting(os.environ),
+                    env={**allocator.without_our_setting(os.environ), **environment},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,

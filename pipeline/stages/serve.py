@@ -6,7 +6,7 @@ The stage runs until it is stopped. It writes the engine's command and log, but 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import PipelineConfig, ServeConfig, Stage
+from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
 from pipeline.runs import exports, passing_over
 from pipeline.runs.artifacts import Artifact
@@ -34,7 +34,7 @@ def run(config: PipelineConfig) -> Artifact:
     here = Run(config)
     export = exports.require(here)
     passing_over.raise_if_export_is_older(here, export)
-    launch = _launch(here, config.serve, export)
+    launch = _launch(here, config, export)
     if config.serve.dry_run:
         print(launch.shell_line)
     else:
@@ -42,15 +42,16 @@ def run(config: PipelineConfig) -> Artifact:
     return export
 
 
-def _launch(here: Run, settings: ServeConfig, export: Artifact) -> "Launch":
+def _launch(here: Run, config: PipelineConfig, export: Artifact) -> "Launch":
     import torch
 
     from pipeline.serve.launch import plan
 
-    found = []
+    settings, found = config.serve, []
     if settings.verified_only and exports.find_proof(here, export) is None:
         found = [f"{exports.missing_proof(here, export)}, or serve it as it is: serve.verified_only=false"]
-    return plan(settings, export, name=here.recipe, gpus=torch.cuda.device_count(), found=found)
+    date, gpus = config.data.conversation_date, torch.cuda.device_count()
+    return plan(settings, export, name=here.recipe, date=date, gpus=gpus, found=found)
 
 
 def _serve(config: PipelineConfig, here: Run, launch: "Launch") -> None:
@@ -59,7 +60,7 @@ def _serve(config: PipelineConfig, here: Run, launch: "Launch") -> None:
     from pipeline.serve.process import EngineProcess, interrupt_on_signals
 
     name, log = config.serve.engine.name, _write_command(here, config.serve.port, launch)
-    with interrupt_on_signals(), EngineProcess(name, launch.command, log) as engine:
+    with interrupt_on_signals(), EngineProcess(name, launch.command, log, launch.environment) as engine:
         say("serve", f"{name} is starting; its log: {log}")
         engine.wait_until(lambda: client.is_up(launch.health), config.serve.startup_seconds)
         try:

@@ -83,13 +83,14 @@ def test_it_shows_the_answer_by_channel_and_ends_the_engine(
     log = (run_dir / "serve" / f"engine-{port}.log").read_text()
     (asked,) = (json.loads(line.removeprefix("asked ")) for line in log.splitlines() if line.startswith("asked "))
     assert asked["messages"][-1]["content"] == "Was ist 12 + 7?" and asked["reasoning_effort"] == "medium"
+    assert "dated 2025-08-05\n" in log
 
 
 def test_it_leaves_the_command_and_no_result(arguments: list[str], run_dir: Path) -> None:
     assert run_program(*arguments, "serve.once=true") == 0
     port = arguments[-1].partition("=")[2]
     script = (run_dir / "serve" / f"command-{port}.sh").read_text()
-    assert script.startswith("#!/bin/sh\nexec ") and f"--port {port} " in script
+    assert script.startswith("#!/bin/sh\nexec env VLLM_SYSTEM_START_DATE=2025-08-05 ") and f"--port {port} " in script
     assert not (run_dir / "serve" / "artifact.json").exists()
 
 

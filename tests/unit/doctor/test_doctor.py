@@ -306,6 +306,7 @@ def found(tmp_path: Path) -> Found:
         train: TrainConfig | None = None,
         sharding: Sharding = Sharding.none,
         validation: str | None = None,
+        identity: str | None = None,
         **changes: Any,
     ) -> list[str]:
         data, machine = {name: dict(values) for name, values in HEALTHY.items()}, dict(ROOMY)
@@ -313,7 +314,7 @@ def found(tmp_path: Path) -> Found:
             place, *path = key.split("__")
             (data[path[0]] if place == "data" else machine)[path[-1]] = value
         sft = train or TrainConfig()
-        config = DataConfig("data.jsonl", validation=ValidationConfig(path=validation))
+        config = DataConfig("data.jsonl", validation=ValidationConfig(path=validation), model_identity=identity)
         plan = Plan("model", config, sft, QatConfig(**vars(sft)), sharding, "mxfp4")
         run = Run(PipelineConfig(Stage.doctor, run_dir=str(tmp_path), model=ModelConfig("model")))
         report = DoctorRecord(data=data, needs=NEEDS, machine=machine, findings=[])
@@ -470,4 +471,11 @@ def test_rows_that_engines_see_otherwise_are_a_finding_with_the_engines(found: F
     (message,) = found(**{f"data__rendering__{key}": value for key, value in changes.items()})
     assert "other tokens with data.rendering=template: 5 of 400 (rows.jsonl: row 7" in message
     assert "calls in 5, results in 4" in message
-    assert "harmony gives the tokens of openai, vllm, sglang (/v1/responses), tensorrt_llm; template those" in message
+    assert "harmony gives the tokens of openai, vllm (0.17 or newer), sglang (/v1/responses, if there are" in message
+    assert "tensorrt_llm (if there are instructions or tools); template those" in message
+
+
+def test_a_first_line_that_chat_apis_do_not_write_is_a_finding_with_the_ways_to_set_it(found: Found) -> None:
+    (message,) = found(identity="You are Ada.")
+    assert message.startswith("data.model_identity='You are Ada.' is the first line of every trained prompt, but")
+    assert "tensorrt_llm (a message with the role system)" in message and "vllm" not in message

@@ -62,7 +62,7 @@ def test_an_engine_does_not_inherit_it(tmp_path: Path, monkeypatch: pytest.Monke
     allocator.let_segments_grow()
     monkeypatch.setenv("ANOTHER", "1")
     log = tmp_path / "log"
-    with EngineProcess("vllm", [sys.executable, "-c", SHOW + "; print(os.environ['ANOTHER'])"], log) as engine:
+    with EngineProcess("vllm", [sys.executable, "-c", SHOW + "; print(os.environ['ANOTHER'])"], log, {}) as engine:
         engine._process.wait(timeout=60)
     assert log.read_text().split("\n")[:2] == ["{}", "1"]
     assert chosen() == OURS

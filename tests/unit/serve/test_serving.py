@@ -70,7 +70,8 @@ def refusal(config: PipelineConfig, export: Artifact) -> Refusal:
 
 
 def plan(config: PipelineConfig, export: Artifact, gpus: int = 1) -> Launch:
-    return launch.plan(config.serve, export, name=config.recipe, gpus=gpus, found=[])
+    date = config.data.conversation_date
+    return launch.plan(config.serve, export, name=config.recipe, date=date, gpus=gpus, found=[])
 
 
 def words(config: PipelineConfig, export: Artifact, gpus: int = 1, **settings: Any) -> list[str]:
@@ -104,6 +105,20 @@ def test_vllm_gets_the_directory_and_every_setting(config: PipelineConfig, expor
         *("--gpu-memory-utilization", "0.8", "--enable-auto-tool-choice", "--tool-call-parser", "openai"),
         *("--max-num-seqs", "4"),
     ]
+
+
+def test_vllm_writes_the_date_that_was_trained_unless_the_user_sets_another(
+    config: PipelineConfig, export: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_SYSTEM_START_DATE", raising=False)
+    config.data.conversation_date = "2025-09-01"
+    started = plan(config, export)
+    assert started.environment == {"VLLM_SYSTEM_START_DATE": "2025-09-01"}
+    assert started.shell_line.startswith("env VLLM_SYSTEM_START_DATE=2025-09-01 vllm serve ")
+    monkeypatch.setenv("VLLM_SYSTEM_START_DATE", "")  # vLLM then writes today's date
+    assert plan(config, export).environment == {"VLLM_SYSTEM_START_DATE": ""}
+    config.serve.engine = ServingEngine["sglang"]
+    assert plan(config, export).shell_line.startswith("sglang serve ")
 
 
 def test_settings_without_a_value_are_left_to_the_engine(config: PipelineConfig, export: Artifact) -> None:
