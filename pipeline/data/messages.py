@@ -169,11 +169,12 @@ def _name_results(parts: list[Part]) -> None:
     The key `name` is left only where the function is not the one that was called last.
 
     Raises:
-        ConversationError: a tool message has no earlier call, or names a function that no earlier message calls.
+        ConversationError: a tool message has no earlier call, has the id of no earlier call, or names a function that
+            no earlier message calls.
     """
     by_id: dict[str, str] = {}
     called: list[str] = []
-    is_answered = False
+    is_answered, unanswered = False, 0
     for part in parts:
         message = part.message
         if message["role"] == "assistant":
@@ -181,10 +182,13 @@ def _name_results(parts: list[Part]) -> None:
         if "tool_calls" in message:
             called.append(message["tool_calls"][0]["function"]["name"])
             by_id |= {part.call_id: called[-1]} if part.call_id else {}
+            unanswered += 1
         elif message["role"] == "tool":
             own, of_id = message.pop("name", None), by_id.get(part.call_id or "")
             if not called:
                 raise ConversationError("has a tool message without an earlier assistant message with 'tool_calls'")
+            if part.call_id and of_id is None:
+                _raise_if_unclear(part, by_id, is_only=unanswered < 2 or own is not None)
             if own is not None and own not in ({of_id} if of_id else called):
                 what = f"tool_call_id is of a call of {of_id!r}" if of_id else "no earlier message calls it"
                 raise ConversationError(f"{part.where} is a result of {own!r}, but {what}")
@@ -192,3 +196,19 @@ def _name_results(parts: list[Part]) -> None:
                 raise ConversationError(f"{part.where} is a tool message, but its call is already answered")
             if (name := of_id or own or called[-1]) != called[-1]:
                 message["name"] = name
+            unanswered = 0 if of_id is None else max(unanswered - 1, 0)
+
+
+def _raise_if_unclear(part: Part, by_id: Mapping[str, str], *, is_only: bool) -> None:
+    """Raise if a result has an id that no earlier call has. Calls may have no ids at all, if only one can be meant."""
+    if by_id:
+        known = ", ".join(map(repr, by_id))
+        raise ConversationError(
+            f"{part.where} has tool_call_id={part.call_id!r:.80}, but the earlier calls have {known:.200}. Correct the"
+            " id, or remove it if the result is of the last call"
+        )
+    if not is_only:
+        raise ConversationError(
+            f"{part.where} has tool_call_id={part.call_id!r:.80}, but the calls before it have no ids, so its call is"
+            " unknown. Give each call its 'id', or put each result after its call"
+        )

@@ -162,6 +162,28 @@ def test_a_result_belongs_to_the_call_of_its_id() -> None:
     assert (first, second) == ({**TOOL, "name": "one"}, TOOL)
 
 
+def test_a_result_with_the_id_of_no_earlier_call_is_refused() -> None:
+    one = call(name="one")
+    one["tool_calls"][0]["id"] = "1"
+    assert refusal(USER, one, {**TOOL, "tool_call_id": "7"}, ANSWER) == (
+        "messages[2] has tool_call_id='7', but the earlier calls have '1'. Correct the id, or remove it if the result"
+        " is of the last call"
+    )
+    named = {**TOOL, "tool_call_id": "7", "name": "one"}
+    assert "messages[2] has tool_call_id='7'" in refusal(USER, one, named, ANSWER)
+
+
+def test_calls_without_ids_get_results_with_ids_if_only_one_call_can_be_meant() -> None:
+    first, second = {**TOOL, "tool_call_id": "1"}, {**TOOL, "tool_call_id": "2"}
+    assert messages(USER, call(), first, call(), second, ANSWER) == messages(USER, call(), TOOL, call(), TOOL, ANSWER)
+    assert "messages[3] has tool_call_id='1', but the calls before it have no ids" in refusal(
+        USER, call(name="one"), call(name="two"), first, second, ANSWER
+    )
+    named = [{**first, "name": "one"}, {**second, "name": "two"}]
+    *_, one, two, _ = messages(USER, call(name="one"), call(name="two"), *named, ANSWER)
+    assert (one, two) == ({**TOOL, "name": "one"}, TOOL)
+
+
 def test_a_result_of_a_function_that_was_not_called_is_refused() -> None:
     assert refusal(USER, call(), {**TOOL, "name": "other"}, ANSWER) == (
         "messages[2] is a result of 'other', but no earlier message calls it"
