@@ -3,8 +3,9 @@
 The rule has three conditions, and `state_rule` states them for readers:
 
 1. No pass rate of the export is significantly worse than the reference's. The test is McNemar's, corrected by Holm's
-   method, as in `evidence`. A validation loss that is not finite counts as worse.
-2. `verify` has passed on the export.
+   method, as in `evidence`. The validation loss is finite, and neither a training stage nor all steps together raised
+   it. Pass rates alone do not show a ruined model if they hardly differ between good and bad models.
+2. `verify` has passed on the export. If it compared the export with the base model alone, the headline says so.
 3. The answers exclude a loss of quality beyond the margin. For each pass rate, the 95 % interval of the paired
    difference must not reach below -margin. This is a test of non-inferiority (CPMP/EWP/2158/99). A test without a
    significant result does not show equality, so the first condition alone would ship any export on a few prompts.
@@ -12,12 +13,13 @@ The rule has three conditions, and `state_rule` states them for readers:
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from pipeline.compare.names import figure_name
 from pipeline.evaluate.statistics import BETTER, WORSE, difference_interval
+from pipeline.training.symptoms import MOST_RISE
 
 
 class Outcome(Enum):
@@ -51,6 +53,20 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Rise:
+    """A validation loss that is far above its value before (`training.symptoms.is_risen`).
+
+    Attributes:
+        cause: what raised the loss, such as "SFT".
+        before, after: the losses.
+    """
+
+    cause: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What is known about an export.
 
@@ -62,9 +78,13 @@ class Evidence:
         rates: comparisons of the pass rates.
         loss: validation loss of the export, or None.
         is_verified: whether `verify` has passed on the export's files.
+        is_compared: whether this `verify` compared the export with the model that it was made from. Otherwise it
+            compared with the base model alone, which finds gross errors, but not single wrong values.
         smaller: size of the reference when served, divided by the export's, or None if a size is unknown.
         left_open: pass rates of the reference -> (prompts on which the export's answer could not be judged, prompts on
             which the reference's could). A missing text cannot be judged, for example if the export stops reasoning.
+        rises: losses that training or rounding raised.
+        measured_by: commands that measure what is missing.
     """
 
     export: str
@@ -75,6 +95,9 @@ class Evidence:
     is_verified: bool
     smaller: float | None
     left_open: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    rises: Sequence[Rise] = ()
+    is_compared: bool = True
+    measured_by: str = "stage=evaluate eval=full"
 
 
 @dataclass(frozen=True)
@@ -112,7 +135,8 @@ def decide(evidence: Evidence, margin: float) -> Decision:
 def state_rule(margin: float) -> str:
     """State the rule for readers of the report."""
     return (
-        "An export can be shipped if (1) no pass rate is significantly worse than the reference's, (2) verify has"
+        "An export can be shipped if (1) no pass rate is significantly worse than the reference's, and the validation"
+        f" loss is at most {100 * MOST_RISE:g} % above its value before training, (2) verify has"
         f" passed on it, and (3) for each pass rate, the 95 % interval of the difference excludes a loss of {margin:g}"
         f" points or more (compare.margin). Condition 3 needs at least {least_prompts(margin)} prompts, and more if the"
         f" models differ on some. It also needs answers that can be judged on all but {margin:g} % of these prompts."
@@ -138,6 +162,11 @@ def _excludes(prompts: int, margin: float) -> bool:
 def _worse(evidence: Evidence) -> Iterator[tuple[Outcome, str]]:
     if evidence.loss is not None and not math.isfinite(evidence.loss):
         yield Outcome.do_not_ship, f"does not work, because its validation loss is {evidence.loss}"
+    risen = [
+        f"{rise.cause} raised the validation loss from {rise.before:.3f} to {rise.after:.3f}" for rise in evidence.rises
+    ]
+    if risen:
+        yield Outcome.do_not_ship, f"is worse than before, because {_list(risen)}"
     worse = [
         f"its {figure_name(rate.figure)} is {-100 * rate.difference:.1f} points lower ({_interval(rate)},"
         f" {rate.prompts} prompts)"
@@ -156,7 +185,7 @@ def _unverified(evidence: Evidence) -> Iterator[tuple[Outcome, str]]:
 def _unmeasured(evidence: Evidence) -> Iterator[tuple[Outcome, str]]:
     if not evidence.rates:
         beside = evidence.reference or "the model before rounding"
-        yield Outcome.not_measured, f"has no answers to compare with {beside} (run stage=evaluate eval=full)"
+        yield Outcome.not_measured, f"has no answers to compare with {beside} (run {evidence.measured_by})"
 
 
 def _undecided(evidence: Evidence, margin: float) -> Iterator[tuple[Outcome, str]]:
@@ -185,7 +214,11 @@ def _praise(evidence: Evidence, margin: float) -> str:
     prompts = {rate.prompts for rate in evidence.rates}
     count = f"{min(prompts)} prompts" if len(prompts) == 1 else f"{min(prompts)} to {max(prompts)} prompts"
     measured = f", measured as {evidence.stands_for}" if evidence.stands_for else ""
-    return f"{evidence.export} is {' and '.join(parts)} on {count}{measured}{_size(evidence)}, verified"
+    return f"{evidence.export} is {' and '.join(parts)} on {count}{measured}{_size(evidence)}, {_verified(evidence)}"
+
+
+def _verified(evidence: Evidence) -> str:
+    return "verified" if evidence.is_compared else "verified against the base model alone, not the trained model"
 
 
 def _size(evidence: Evidence) -> str:

@@ -177,6 +177,12 @@ def run_tests(rows: list[Row]) -> list[Test]:
     return [Test(*each, *(next(outcomes) if each[-1] is not None else undecided)) for each in found]
 
 
+def compare_with_itself(row: Row) -> list[Test]:
+    """Compare the answers of a model with themselves, for an export that was proven to compute like its reference."""
+    found = [(figure, _compare(figure, row, row)) for figure in row.verdicts]
+    return [Test(figure, row, row, comparison, 1.0, NOTHING, "") for figure, comparison in found]
+
+
 def pairs_of(chain: Chain) -> Iterator[tuple[Row, Row]]:
     """Yield pairs of (model, reference): PTQ and QAT against SFT, and QAT against PTQ and the best control."""
     for model, reference in ((chain.ptq, chain.sft), (chain.qat, chain.ptq), (chain.qat, chain.sft)):

@@ -2,16 +2,21 @@
 
 from dataclasses import dataclass
 
-from pipeline.compare.decision import NO_EXPORT, Decision, Evidence, Rate, decide
-from pipeline.compare.evidence import LOSS, Test, reference_of
-from pipeline.compare.names import EXPORT, SFT, UPCAST
+from pipeline.compare.decision import NO_EXPORT, Decision, Evidence, Rate, Rise, decide
+from pipeline.compare.evidence import LOSS, Test, compare_with_itself, reference_of
+from pipeline.compare.names import EXPORT, MODELS, SFT, UPCAST
 from pipeline.compare.rounding import find_twin
-from pipeline.compare.rows import Row, read_shape, sizes
+from pipeline.compare.rows import Row, read_model, read_shape, sizes
 from pipeline.compare.runs import EvaluatedRun, StageFacts, distinct_runs, read_facts
 from pipeline.compare.tiles import Tile, make_tiles
+from pipeline.config import ExportTarget
+from pipeline.config.targets import TARGETS
+from pipeline.runs.artifacts import Kind
 from pipeline.runs.records import ExportRecord
+from pipeline.training.symptoms import is_risen
 
 _SERVED = "served_bytes"
+_READABLE = ExportTarget["bf16"].name
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ def judge_exports(runs: list[EvaluatedRun], rows: list[Row], tests: list[Test], 
 
 def _judge(export: Export, rows: list[Row], tests: list[Test], margin: float, label: str) -> Verdict:
     own = [test for test in tests if test.model is export.measured and test.reference is export.reference]
+    if export.measured is not None and export.measured is export.reference:
+        own = compare_with_itself(export.measured)
     served = sizes(export.made, read_shape(export.run)).get(_SERVED)
     whole = None if export.reference is None else export.reference.figures.get(_SERVED)
     evidence = Evidence(
@@ -75,12 +82,48 @@ def _judge(export: Export, rows: list[Row], tests: list[Test], margin: float, la
         rates=[_rate(test) for test in own if test.comparison is not None],
         loss=None if export.measured is None else export.measured.figures.get(LOSS),
         is_verified=export.proof is not None,
+        is_compared=_proves_the_twin(export.made, export.proof),
+        rises=_rises(export, rows),
+        measured_by=_how_to_measure(export),
         smaller=whole / served if whole and served else None,
     )
     lineage = export.measured.lineage if export.measured is not None else {}
     made = [row for row in rows if row.fingerprint in lineage.values() and row.model in lineage]
     tiles = make_tiles(evidence, export.measured, served, whole, export.proof, made)
     return Verdict(label, decide(evidence, margin), tiles)
+
+
+def _rises(export: Export, rows: list[Row]) -> list[Rise]:
+    """Find the training stages that raised the validation loss, and whether all steps together raised it."""
+    if (measured := export.measured) is None:
+        return []
+    found = []
+    for model, fingerprint in measured.lineage.items():
+        stage = read_model(export.run, model)
+        if stage is None or stage.artifact.fingerprint != fingerprint:
+            continue
+        if "validation_loss_before" in stage.artifact.details:
+            before, after = (stage.artifact.details[name] for name in ("validation_loss_before", "validation_loss"))
+            found.append(Rise(MODELS.get(model, model), before, after))
+    untrained = next((row for row in rows if row.model == UPCAST and row.run is export.run), None)
+    if untrained is not None and {LOSS} <= measured.figures.keys() & untrained.figures.keys():
+        found.append(Rise("training with rounding", untrained.figures[LOSS], measured.figures[LOSS]))
+    return [rise for rise in found if is_risen(rise.before, rise.after)]
+
+
+def _how_to_measure(export: Export) -> str:
+    """Return the commands that measure an export without answers. They end in a report that decides about it."""
+    artifact, evaluate = export.made.artifact, "stage=evaluate eval=full evaluate.source"
+    if export.reference is None or not export.reference.verdicts:
+        return f"{evaluate}=all"
+    if artifact.kind is not Kind.foreign:
+        return f"{evaluate}={EXPORT}"
+    origin = artifact.read(ExportRecord).exported_from
+    if find_twin(export.run, export.made) is None and artifact.format in TARGETS[_READABLE].holds:
+        return f"stage=export export.target={_READABLE} export.source={origin}, then {evaluate}={EXPORT}"
+    if find_twin(export.run, export.made) is None:
+        return f"stage=export with the format and the scale_rule that {origin} was trained for"
+    return f"{evaluate}={origin}" if _proves_the_twin(export.made, export.proof) else "stage=verify"
 
 
 def _left_open(test: Test) -> tuple[str, tuple[int, int]]:

@@ -136,7 +136,7 @@ def _collect_run(run: EvaluatedRun, *, is_alone: bool) -> list[Row]:
 
 def _make_row(run: EvaluatedRun, model: str, results: Figures, *, shape: Shape | None, prefix: str, shown: str) -> Row:
     """Make the row of a model. `prefix` is the label of its run, or "". `shown` is the model's name without paths."""
-    stage = _read_stage(run, model)
+    stage = read_model(run, model)
     lineage = _trace_lineage(run, model)
     answers = _read_answers(run, model)
     trained = _read_training(run, model, stage)
@@ -164,8 +164,8 @@ def _make_row(run: EvaluatedRun, model: str, results: Figures, *, shape: Shape |
     )
 
 
-def _read_stage(run: EvaluatedRun, model: str) -> StageFacts | None:
-    """Read the stage that made a model, or return None if no stage of the run made it."""
+def read_model(run: EvaluatedRun, model: str) -> StageFacts | None:
+    """Read the stage that made a model, or return None if no complete stage of the run made it."""
     if is_control(model):
         return run.read_control(model)
     return run.read_stage(model) if model in ORDER or is_export(model) else None
@@ -229,7 +229,7 @@ def _role(model: str, stage: StageFacts | None, lineage: dict[str, str]) -> str:
 
 
 def _trace_lineage(run: EvaluatedRun, model: str) -> dict[str, str]:
-    stage = _read_stage(run, model)
+    stage = read_model(run, model)
     if stage is None:
         return {}
     if is_control(model):

@@ -103,7 +103,11 @@ def _verified(proof: StageFacts | None) -> Tile:
     passed = [title for title, status in record.checks.items() if status == _PASSED]
     engines = [name for title in passed if (name := title.partition(":")[0]) in LIBRARIES]
     compared = "model" in proof.artifact.parents
-    exact = "equal to the trained model, bit for bit" if compared else "compared with the base model alone"
+    exact = (
+        "equal to the trained model, bit for bit"
+        if compared
+        else "compared with the base model alone, not with the trained model"
+    )
     loaded = f"loaded by {', '.join(engines)}" if engines else "no engine was tried (verify.engines)"
     return Tile("Verified", f"{len(passed)} checks passed", [exact, loaded])
 

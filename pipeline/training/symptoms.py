@@ -15,10 +15,12 @@ UNUSED = "unused_experts"
 ROUTED = "tokens_per_expert"
 """Figure of a validation: mean number of tokens that an expert got."""
 
+MOST_RISE = 0.05
+"""Smallest relative rise of a loss that is reported. A model whose validation loss rose further is not shipped."""
+
 _LEAST_TOKENS = 100  # mean per expert from which an expert without tokens is no accident
 _SAME = 1e-6  # largest relative difference of losses that count as equal
 _LEAST_LINES = 6  # training losses from which a rise is judged
-_RISE = 0.05  # smallest relative rise of a loss that is reported
 _ERRORS = 3.0  # a rise must also have so many standard errors
 
 Line = Mapping[str, float]
@@ -70,7 +72,7 @@ def _losses(training: Sequence[float], validation: Sequence[float], rate: str, s
             " supervised tokens (stage=doctor shows one)."
         )
     rises, slower = _rises(training), f"Lower {rate}, or raise {stage}.warmup_ratio."
-    if len(validation) > 1 and validation[-1] > validation[0] * (1 + _RISE):
+    if len(validation) > 1 and is_risen(validation[0], validation[-1]):
         grew = f"the validation loss rose from {validation[0]:.4f} to {validation[-1]:.4f}"
         fell = len(training) > 1 and training[-1] < training[0] and not rises
         if fell:
@@ -79,6 +81,11 @@ def _losses(training: Sequence[float], validation: Sequence[float], rate: str, s
             yield f"{grew}. {slower}"
     elif rises:
         yield f"the training loss rose over the run, to {training[-1]:.4f}. {slower}"
+
+
+def is_risen(before: float, after: float) -> bool:
+    """Return whether a validation loss is so far above its value before training that training did harm."""
+    return after > before * (1 + MOST_RISE)
 
 
 def _are_equal(losses: Sequence[float]) -> bool:
@@ -93,7 +100,7 @@ def _rises(losses: Sequence[float]) -> bool:
     first, last = losses[:third], losses[-third:]
     rise = statistics.fmean(last) - statistics.fmean(first)
     error = ((statistics.variance(first) + statistics.variance(last)) / third) ** 0.5
-    return rise > max(_RISE * statistics.fmean(first), _ERRORS * error)
+    return rise > max(MOST_RISE * statistics.fmean(first), _ERRORS * error)
 
 
 def _weights(validations: Sequence[Line], stage: str, rate: str) -> Iterator[str]:

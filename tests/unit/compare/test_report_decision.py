@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.compare.decision import NO_EXPORT, Evidence, Outcome, Rate, decide, least_prompts, state_rule
+from pipeline.compare.decision import NO_EXPORT, Evidence, Outcome, Rate, Rise, decide, least_prompts, state_rule
 from pipeline.evaluate.statistics import BETTER, WORSE, difference_interval
 
 SAME = "no significant difference on 400 prompts (at least 3.0 points are needed)"
@@ -42,6 +42,22 @@ def test_a_loss_that_is_not_finite_stops_an_export(loss: float) -> None:
         Outcome.do_not_ship,
         f"Do not ship: the MXFP4 export does not work, because its validation loss is {loss}.",
     )
+
+
+def test_a_loss_that_training_raised_stops_an_export_whose_pass_rates_are_equal() -> None:
+    rises = [Rise("QAT", 1.5, 6.25), Rise("training with rounding", 2.0, 6.25)]
+    assert decided(rises=rises) == (
+        Outcome.do_not_ship,
+        "Do not ship: the MXFP4 export is worse than before, because QAT raised the validation loss from 1.500 to 6.250"
+        " and training with rounding raised the validation loss from 2.000 to 6.250.",
+    )
+    assert "at most 5 % above its value before training" in state_rule(5.0)
+
+
+def test_a_proof_against_the_base_model_alone_is_named_in_the_headline() -> None:
+    outcome, headline = decided(is_compared=False)
+    assert outcome is Outcome.ship
+    assert headline.endswith(", verified against the base model alone, not the trained model.")
 
 
 def test_an_export_that_is_not_verified_is_not_shipped_yet() -> None:

@@ -1,5 +1,6 @@
 """The report on an export: which answers, which proof and which size belong to it, and that it is one with its twin."""
 
+import json
 from pathlib import Path
 
 import evaluated
@@ -89,6 +90,72 @@ def test_answers_of_the_exported_model_count_if_the_export_was_proven_equal_to_i
 def test_answers_of_a_model_that_rounds_otherwise_do_not_count(tmp_path: Path) -> None:
     run_dir = run_with_export(tmp_path / "run", ("sft", "quantize", "qat"), scale_rule="mse", kind="foreign")
     assert verdict(run_dir).decision.outcome is Outcome.not_measured
+
+
+def parts_run(directory: Path, **verified: object) -> Path:
+    """Make an evaluated run whose SFT left the experts in MXFP4, with an export that only engines can load."""
+    origin = {"parents": {"model": "sft"}, "details": {"exported_from": "sft"}}
+    run_with_export(directory, ("upcast", "sft"), target="openai", kind="foreign", **origin)
+    evaluated.record(directory / "sft", kind="packed", format="mxfp4")
+    evaluated.record_verify(directory, **{"model": "sft", **verified})  # type: ignore[arg-type]
+    return directory
+
+
+def test_an_export_that_was_proven_equal_to_its_reference_is_decided_by_the_references_answers(tmp_path: Path) -> None:
+    found = verdict(parts_run(tmp_path / "run"))
+    assert found.decision.outcome is Outcome.ship
+    assert "as good as SFT within 5 points" in found.decision.headline
+    assert "on 400 prompts, measured as SFT" in found.decision.headline
+
+
+def test_the_command_that_measures_an_export_is_named(tmp_path: Path) -> None:
+    def headline(run_dir: Path) -> str:
+        decision = verdict(run_dir).decision
+        assert decision.outcome is Outcome.not_measured
+        return decision.headline
+
+    evaluate = "stage=evaluate eval=full evaluate.source"
+    assert headline(parts_run(tmp_path / "compared", model=None)).endswith("(run stage=verify).")
+    assert f"(run {evaluate}=export)" in headline(run_with_export(tmp_path / "own", ("sft", "quantize", "qat")[:1]))
+    otherwise = run_with_export(tmp_path / "otherwise", ("sft", "qat"), scale_rule="mse", kind="foreign")
+    assert f"(run stage=export export.target=bf16 export.source=qat, then {evaluate}=export)" in headline(otherwise)
+    twin = run_with_export(tmp_path / "twin", ("sft",), kind="foreign")
+    assert f"(run {evaluate}=qat)" in headline(twin)
+    assert f"(run {evaluate}=all)" in headline(run_with_export(tmp_path / "none", answers=False))
+
+
+def test_a_training_stage_that_raised_the_loss_stops_the_export(tmp_path: Path) -> None:
+    run_dir = run_with_export(tmp_path / "run")
+    rounding = {"parents": {"quantize": "quantize"}, "fake_quantized": "mxfp4", "scale_rule": "ceil"}
+    losses = {"validation_loss_before": 2.2, "validation_loss": 2.4}
+    evaluated.record(run_dir / "qat", details=losses, **rounding)
+    decision = verdict(run_dir).decision
+    assert decision.outcome is Outcome.do_not_ship
+    assert "because QAT raised the validation loss from 2.200 to 2.400" in decision.headline
+    evaluated.record(run_dir / "qat", details={**losses, "validation_loss": 2.3}, **rounding)
+    assert verdict(run_dir).decision.outcome is Outcome.ship
+
+
+def test_an_export_with_a_far_higher_loss_than_the_original_is_not_shipped(tmp_path: Path) -> None:
+    models = ("upcast", *LOSSES)
+    assert verdict(run_with_export(tmp_path / "good", models)).decision.outcome is Outcome.ship
+    run_dir = run_with_export(tmp_path / "bad", models)
+    path = run_dir / "evaluate" / "artifact.json"
+    artifact = json.loads(path.read_text())
+    artifact["details"]["results"]["upcast"]["validation_loss"] = 1.5
+    path.write_text(json.dumps(artifact))
+    decision = verdict(run_dir).decision
+    assert decision.outcome is Outcome.do_not_ship
+    assert "training with rounding raised the validation loss from 1.500 to 2.060" in decision.headline
+
+
+def test_a_proof_against_the_base_alone_is_named(tmp_path: Path) -> None:
+    run_dir = run_with_export(tmp_path / "run")
+    evaluated.record_verify(run_dir, model=None)
+    found = verdict(run_dir)
+    assert found.decision.outcome is Outcome.ship
+    assert found.decision.headline.endswith("verified against the base model alone, not the trained model.")
+    assert "compared with the base model alone, not with the trained model" in tile(found, "Verified")
 
 
 def test_an_export_of_a_control_must_match_the_sft_of_its_run(tmp_path: Path) -> None:
