@@ -5,11 +5,12 @@ The statement follows config.json of openai/gpt-oss-20b and -120b. It does not u
 """
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from pipeline.checkpoints.config_json import CONFIG, is_quantized, read_config
 from pipeline.checkpoints.recognition import Storage, find_storage
-from pipeline.checkpoints.side_files import CHAT_TEMPLATES, TOKENIZER, TOKENIZER_CONFIG
+from pipeline.checkpoints.side_files import CHAT_TEMPLATES, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from pipeline.errors import UserError, user_errors
 from pipeline.runs.foreign_files import read_json
 
@@ -25,7 +26,12 @@ CONSTANTS: Mapping[str, object] = {
 """Keys whose value is the same for every gpt-oss. Engines hard-code these values, and some do not read the keys."""
 ROPE_KEYS = ("beta_fast", "beta_slow", "factor", "original_max_position_embeddings", "rope_type", "truncate")
 """Keys of `rope_scaling`. transformers 5 writes them as `rope_parameters`, together with `rope_theta`."""
+_ROPE_FORMS = ("rope_parameters", "rope_scaling")
+_OF_NO_MEANING: Mapping[str, object] = {"type": "yarn", "partial_rotary_factor": 1.0}
+"""Further keys of the rope forms -> the value with which they change nothing."""
 RETURN, CALL = "<|return|>", "<|call|>"
+_STOPS = {RETURN: "answers do not end", CALL: "generation goes on after a tool call"}
+"""Stop token -> the consequence if generation_config.json lacks it."""
 _SIZES = ("num_experts_per_tok", "sliding_window", "max_position_embeddings")
 
 
@@ -49,11 +55,18 @@ def rope_of(config: Mapping[str, object]) -> tuple[dict[str, object], object]:
 
 def token_ids(directory: Path) -> dict[str, int]:
     """Return the special tokens of tokenizer.json, text -> id. The result is empty if the file cannot be read."""
+    path = directory / TOKENIZER
     try:
-        content = read_json(directory / TOKENIZER)
-        return {token["content"]: token["id"] for token in content["added_tokens"]}
+        state = path.stat()
+        return _read_tokens(path, state.st_mtime_ns, state.st_size)
     except (OSError, UserError, KeyError, TypeError):
         return {}
+
+
+@lru_cache(maxsize=4)
+def _read_tokens(path: Path, _time: int, _size: int) -> dict[str, int]:
+    """Read the special tokens. The file of a released model has 28 MB, so the last results are kept."""
+    return {token["content"]: token["id"] for token in read_json(path)["added_tokens"]}
 
 
 def has_chat_template(directory: Path) -> bool:
@@ -62,6 +75,50 @@ def has_chat_template(directory: Path) -> bool:
         return True
     path = directory / TOKENIZER_CONFIG
     return path.is_file() and bool(read_config(directory, TOKENIZER_CONFIG).get("chat_template"))
+
+
+def stop_problems(directory: Path, base: Path | None = None) -> list[str]:
+    """Find stop tokens that generation_config.json must have, but lacks.
+
+    `<|return|>` must be there. If the base model's file has `<|call|>`, this must be there, too. A model without the
+    file or without a tokenizer has no problem.
+
+    Args:
+        directory: directory of the model.
+        base: directory of the base model, or None.
+    """
+    needed = [RETURN, *([CALL] if base is not None and _stops_at(base, CALL) else [])]
+    tokens = token_ids(directory) or ({} if base is None else token_ids(base))
+    stops, path = _stop_ids(directory), directory / GENERATION_CONFIG
+    return [
+        f"{path}: eos_token_id is {stops!r}, but must have {tokens[token]} ({token}), or {_STOPS[token]}. Add it to the"
+        f" {GENERATION_CONFIG} of the model that is served, trained or exported, or copy the original model's file"
+        for token in needed
+        if stops is not None and token in tokens and tokens[token] not in stops
+    ]
+
+
+def describe_missing_stop(directory: Path) -> str | None:
+    """Return a remark about a model whose generation_config.json does not stop at tool calls, or None."""
+    stops = _stop_ids(directory)
+    if stops is None or CALL not in token_ids(directory) or _stops_at(directory, CALL):
+        return None
+    return (
+        f"{directory / GENERATION_CONFIG}: eos_token_id is {stops!r}, without {CALL}, so {_STOPS[CALL]}. Exports have"
+        " this file. If the model will call tools, copy the released model's file"
+    )
+
+
+def _stop_ids(directory: Path) -> list[object] | None:
+    """Return `eos_token_id` of generation_config.json as a list, or None if there is no such file."""
+    if not (directory / GENERATION_CONFIG).is_file():
+        return None
+    stops = read_config(directory, GENERATION_CONFIG).get("eos_token_id")
+    return stops if isinstance(stops, list) else [stops]
+
+
+def _stops_at(directory: Path, token: str) -> bool:
+    return token_ids(directory).get(token, token) in (_stop_ids(directory) or [])
 
 
 def raise_if_unfit(directory: Path) -> None:
@@ -75,6 +132,7 @@ def raise_if_unfit(directory: Path) -> None:
     config = read_config(directory)
     problems = [*_problems(config, token_ids(directory)), *_quantization_problems(config, directory)]
     found = [f"{path}: {problem}." for problem in problems]
+    found += [f"{problem}." for problem in stop_problems(directory)]
     if found:
         raise user_errors(found)
 
@@ -113,6 +171,29 @@ def _rope_problems(config: Mapping[str, object]) -> Iterator[str]:
         )
     elif scaling["rope_type"] != "yarn":
         yield f"rope_type is {scaling['rope_type']!r}, but gpt-oss has 'yarn', which engines assume. Correct it"
+    yield from _rope_contradictions(config)
+
+
+def _rope_contradictions(config: Mapping[str, object]) -> Iterator[str]:
+    """Find keys with two values, and keys that gpt-oss does not have. Engines read either form."""
+    forms = {name: form for name in _ROPE_FORMS if isinstance(form := config.get(name), Mapping)}
+    places = {name: {key: value for key, value in form.items() if value is not None} for name, form in forms.items()}
+    theta = {} if config.get("rope_theta") is None else {"rope_theta": config["rope_theta"]}
+    for key in (*ROPE_KEYS, "rope_theta"):
+        found = {f"{name}.{key}": form[key] for name, form in places.items() if key in form}
+        found |= theta if key == "rope_theta" else {}
+        if len({*map(repr, map(_plain, found.values()))}) > 1:
+            values = " and ".join(f"{name}={value!r}" for name, value in found.items())
+            yield f"{values} contradict each other, and engines read either. Correct one"
+    for name, form in places.items():
+        for key in sorted(form.keys() - {*ROPE_KEYS, "rope_theta"}):
+            if form[key] != _OF_NO_MEANING.get(key):
+                yield f"{name}.{key} is {form[key]!r}, but gpt-oss has no such key, and engines ignore it. Remove it"
+
+
+def _plain(value: object) -> object:
+    """Return a number as a float, so that 32 equals 32.0."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _token_problems(config: Mapping[str, object], tokens: Mapping[str, int]) -> Iterator[str]:

@@ -22,6 +22,7 @@ from pipeline.export.weights import open_base, others_piece, packed_piece, stack
 from pipeline.runs.artifacts import Kind
 
 _DIALECT = ("rope_parameters", "dtype", "torch_dtype")
+_ROPE_KEYS = ("beta_fast", "beta_slow", "factor", "original_max_position_embeddings", "rope_type", "truncate")
 
 
 def write(job: Job, directory: Path) -> Written:
@@ -59,28 +60,36 @@ def legacy_config(config: Mapping[str, object]) -> dict[str, object]:
     """
     legacy = {key: value for key, value in config.items() if key not in _DIALECT}
     legacy["architectures"] = [ARCHITECTURE]
-    rope = config.get("rope_parameters")
-    if rope and isinstance(rope, Mapping):
-        legacy["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    rope = {**rope_scaling(config), **rope_scaling(config, "rope_parameters")}
+    if rope:
         legacy["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 150000))
-    return _engine_keys(legacy) | legacy
+        legacy["rope_scaling"] = {key: value for key, value in rope.items() if key in _ROPE_KEYS}
+    filled = _engine_keys(legacy)
+    return filled | {key: value for key, value in legacy.items() if key not in filled}
 
 
 def _engine_keys(config: Mapping[str, object]) -> dict[str, object]:
-    """Return keys that only some engines read. Models that were not made from a released one may lack them."""
+    """Return keys that are absent or null, with the values that transformers takes for them.
+
+    Models that were not made from a released one may lack keys that only some engines read, and others have a default.
+    """
     layers = config.get("num_hidden_layers")
     keys = {
         "experts_per_token": config.get("num_experts_per_tok"),
         "initial_context_length": rope_scaling(config).get("original_max_position_embeddings"),
         "layer_types": [ATTENTION_TYPES[i % 2] for i in range(layers)] if isinstance(layers, int) else None,
+        "attention_bias": True,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
         "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
     }
-    return {key: value for key, value in keys.items() if value is not None and key not in config}
+    return {key: value for key, value in keys.items() if value is not None and config.get(key) is None}
 
 
-def rope_scaling(config: Mapping[str, object]) -> Mapping[str, object]:
-    """Return the `rope_scaling` of a configuration, or an empty mapping."""
-    scaling = config.get("rope_scaling")
+def rope_scaling(config: Mapping[str, object], key: str = "rope_scaling") -> Mapping[str, object]:
+    """Return the `rope_scaling` of a configuration, or an empty mapping. `key` may name the newer form."""
+    scaling = config.get(key)
     return scaling if isinstance(scaling, Mapping) else {}
 
 

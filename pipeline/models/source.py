@@ -9,7 +9,7 @@ from pipeline.checkpoints.config_json import CONFIG, read_config
 from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.recognition import describe_missing, find_left_over, raise_if_other_layout
-from pipeline.checkpoints.released import raise_if_unfit
+from pipeline.checkpoints.released import describe_missing_stop, raise_if_unfit
 from pipeline.config import SYNTHETIC, ModelConfig
 from pipeline.config.hub_ids import is_hub_id
 from pipeline.errors import UserError
@@ -80,8 +80,9 @@ def locate_without_weights(run: Run, model: ModelConfig) -> Path:
 def _judge(run: Run, directory: Path) -> None:
     """Judge the configuration of a source, and report files and entries that are left over from another model."""
     raise_if_unfit(directory)
-    for line in find_left_over(directory):
-        say_if_needed(run.stage.name, line)
+    for line in (*find_left_over(directory), describe_missing_stop(directory)):
+        if line is not None:
+            say_if_needed(run.stage.name, line)
 
 
 def base_directory(run: Run, model: ModelConfig, hub_files: list[str] = _HUB_FILES) -> Path:

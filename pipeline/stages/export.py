@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoints.released import stop_problems
 from pipeline.checkpoints.shards import Written
 from pipeline.checkpoints.side_files import choose_side_files, describe_differences
 from pipeline.config import PipelineConfig, Stage
-from pipeline.errors import UserError
+from pipeline.errors import UserError, user_errors
 from pipeline.export import EXPORTERS, account
 from pipeline.export.account import Figures
 from pipeline.export.job import Job
@@ -36,6 +37,7 @@ def run(config: PipelineConfig) -> Artifact:
     if not config.export.requantize:
         _raise_if_trained_otherwise(ref, block_format)
     base, device = source.locate(here, config.model), loading.device_of(config.device)
+    _raise_if_it_does_not_stop(ref, base.directory, config.export.layout.name)
 
     def work(directory: Path) -> Result:
         job = Job(Weights(ref), base, block_format, config.export.shard_bytes, device)
@@ -52,6 +54,12 @@ def run(config: PipelineConfig) -> Artifact:
     if (repository := config.export.push_to_hub) is not None:
         say("export", f"export.push_to_hub={repository}: stage=publish uploads it, once stage=verify has passed")
     return artifact
+
+
+def _raise_if_it_does_not_stop(ref: ModelRef, base: Path, target: str) -> None:
+    """Refuse a model whose own generation config would be exported, and lacks a stop token of the base model's."""
+    if not EXPORTERS[target].is_one_file and (problems := stop_problems(ref.directory, base)):
+        raise user_errors([f"{problem}." for problem in problems])
 
 
 def _tell_of_own_files(base: Path, ref: ModelRef, is_one_file: bool) -> list[str]:

@@ -18,9 +18,10 @@ from pipeline.checkpoints.released import (
     has_chat_template,
     layer_types,
     rope_of,
+    stop_problems,
     token_ids,
 )
-from pipeline.checkpoints.side_files import GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
+from pipeline.checkpoints.side_files import TOKENIZER, TOKENIZER_CONFIG
 
 RELEASED_TARGETS = ("mxfp4", "nvfp4", "bf16")
 """Targets whose config.json has the form of the released models."""
@@ -88,7 +89,7 @@ def expected_config(
     }
     expected |= {
         "experts_per_token": base.get("num_experts_per_tok"),
-        "initial_context_length": base.get("initial_context_length", scaling.get("original_max_position_embeddings")),
+        "initial_context_length": base.get("initial_context_length") or scaling.get("original_max_position_embeddings"),
     }
     if RETURN in tokens and not isinstance(base.get("eos_token_id"), list):
         expected["eos_token_id"] = tokens[RETURN]
@@ -123,18 +124,19 @@ def _number_format(target: str, tensors: Mapping[str, TensorInfo]) -> dict[str, 
     }
 
 
-def serving_problems(directory: Path) -> Iterator[str]:
-    """Find what a server would miss: the tokenizer, the chat template, and a stop token in generation_config.json."""
+def serving_problems(directory: Path, base: Path) -> Iterator[str]:
+    """Find what a server would miss: the tokenizer, the chat template, and stop tokens in generation_config.json.
+
+    Args:
+        directory: directory of the export.
+        base: directory of the base model. If its generation_config.json stops at tool calls, the export's must, too.
+    """
     for name in (TOKENIZER, TOKENIZER_CONFIG):
         if not (directory / name).is_file():
             yield f"{directory / name}: missing, so servers cannot tokenize. Copy it from the base model"
     if not has_chat_template(directory):
         yield f"{directory}: has no chat template, in a file of its own or in {TOKENIZER_CONFIG}. Copy the base model's"
-    tokens, path = token_ids(directory), directory / GENERATION_CONFIG
-    if path.is_file() and RETURN in tokens:
-        stops = read_config(directory, GENERATION_CONFIG).get("eos_token_id")
-        if tokens[RETURN] not in (stops if isinstance(stops, list) else [stops]):
-            yield f"{path}: eos_token_id is {stops!r}, but must have {tokens[RETURN]} ({RETURN}), or answers do not end"
+    yield from stop_problems(directory, base)
 
 
 def statements(

@@ -77,7 +77,7 @@ def check_files(directory: Path, target: str, base: Checkpoint, own: Mapping[str
     check.measured = {"files": len({*side_files(base.directory), *own}), "keys": len(check.stated)}
     check.problems += [*_side_file_problems(directory, exporter, base, own), *_stray_problems(directory)]
     if target in RELEASED_TARGETS:
-        check.problems += serving_problems(directory)
+        check.problems += serving_problems(directory, base.directory)
     check.problems += _shard_problems(directory, exporter, base)
     gone = [name for name, file in own.items() if file is None]
     check.unseen = f"the contents of {', '.join(gone)}: the exported model no longer has them" if gone else None

@@ -78,6 +78,18 @@ def test_the_tiny_model_is_fit_and_nothing_is_left_over(tiny: Path) -> None:
         (lambda c: c["rope_scaling"].pop("truncate"), "rope_scaling and rope_parameters lack truncate, so"),
         (lambda c: c.pop("rope_theta"), "rope_scaling and rope_parameters lack rope_theta"),
         (lambda c: c["rope_scaling"].update(rope_type="linear"), "rope_type is 'linear', but gpt-oss has 'yarn'"),
+        (
+            lambda c: c.update(rope_parameters={**c["rope_scaling"], "factor": 16.0}),
+            "rope_parameters.factor=16.0 and rope_scaling.factor=32.0 contradict each other, and engines read either",
+        ),
+        (
+            lambda c: c.update(rope_parameters={"rope_theta": 10000.0}),
+            "rope_parameters.rope_theta=10000.0 and rope_theta=150000 contradict each other",
+        ),
+        (
+            lambda c: c["rope_scaling"].update(attention_factor=2.0),
+            "rope_scaling.attention_factor is 2.0, but gpt-oss has no such key",
+        ),
         (lambda c: c.update(eos_token_id=1), "eos_token_id is 1, but <|return|> has the id"),
         (lambda c: c.pop("pad_token_id"), "pad_token_id is None, not an id. Set it to the id of <|endoftext|>"),
         (lambda c: c.pop("quantization_config"), "has no quantization_config, but the experts are stored as MXFP4"),
@@ -88,6 +100,21 @@ def test_what_an_export_could_not_say_is_refused_at_once(
 ) -> None:
     directory = edited(edit)
     assert error_of(directory).startswith(f"{directory / CONFIG}: {expected}")
+
+
+def test_a_generation_config_without_the_end_of_an_answer_is_refused_at_once(edited: Callable[[Edit], Path]) -> None:
+    directory = edited(lambda config: None)
+    path = directory / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [7]}))
+    assert error_of(directory).startswith(f"{path}: eos_token_id is [7], but must have")
+
+
+def test_both_rope_forms_may_be_there_if_they_agree(edited: Callable[[Edit], Path]) -> None:
+    def add(config: dict[str, Any]) -> None:
+        parameters = {**config["rope_scaling"], "factor": 32, "rope_theta": 150000.0, "partial_rotary_factor": 1.0}
+        config.update(rope_parameters=parameters | {"attention_factor": None})
+
+    raise_if_unfit(edited(add))
 
 
 def test_all_problems_are_reported_together(edited: Callable[[Edit], Path]) -> None:

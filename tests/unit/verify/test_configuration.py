@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GptOssConfig
 
 from pipeline import export_checkpoint, verify_checkpoint
 from pipeline.checkpoints.config_json import CONFIG, read_config
 from pipeline.checkpoints.reading import Checkpoint
+from pipeline.checkpoints.released import describe_missing_stop, raise_if_unfit, stop_problems, token_ids
+from pipeline.checkpoints.side_files import GENERATION_CONFIG
 from pipeline.config import TinyConfig
+from pipeline.errors import UserError
 from pipeline.export import EXPORTERS
+from pipeline.export.mxfp4 import legacy_config
 from pipeline.models.tiny_model import create_tiny
 from pipeline.verify import check_files
+from pipeline.verify.configuration import compare, expected_config
 
 KEYS = (
     *("architectures", "attention_bias", "attention_dropout", "eos_token_id", "experts_per_token", "head_dim"),
@@ -117,18 +123,65 @@ def test_a_writer_and_a_description_that_are_wrong_in_the_same_way_are_found(
 @pytest.mark.parametrize(
     ("name", "change", "expected"),
     [
-        ("generation_config.json", {"eos_token_id": 3}, "eos_token_id is 3, but must have"),
-        ("generation_config.json", {"eos_token_id": None}, "eos_token_id is None, but must have"),
+        ("generation_config.json", {"eos_token_id": 3}, "eos_token_id is [3], but must have"),
+        ("generation_config.json", {"eos_token_id": None}, "eos_token_id is [None], but must have"),
     ],
 )
 def test_a_generation_config_without_the_end_of_an_answer_is_named_even_if_it_is_the_bases_own(
     name: str, change: dict[str, Any], expected: str, base: Path, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(base, tmp_path / "base"))
-    (source / name).write_text(json.dumps(read_config(source, name) | change))
     out = export_checkpoint(source, source, tmp_path / "out")
+    for directory in (source, out):
+        (directory / name).write_text(json.dumps(read_config(source, name) | change))
     (problem,) = check_files(out, "mxfp4", Checkpoint(source)).problems
     assert problem.startswith(f"{out / name}: {expected}")
+
+
+def test_an_export_must_stop_at_tool_calls_if_the_base_does(base: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(base, tmp_path / "own"))
+    path, ids = own / GENERATION_CONFIG, token_ids(base)
+    path.write_text(json.dumps({**read_config(own, GENERATION_CONFIG), "eos_token_id": [ids["<|return|>"]]}))
+    out = export_checkpoint(base, base, tmp_path / "out")
+    shutil.copyfile(path, out / GENERATION_CONFIG)
+    wanted = f"eos_token_id is [{ids['<|return|>']}], but must have {ids['<|call|>']} (<|call|>), or generation goes on"
+    (problem,) = check_files(out, "mxfp4", Checkpoint(base), {GENERATION_CONFIG: path}).problems
+    assert problem.startswith(f"{out / GENERATION_CONFIG}: {wanted} after a tool call. Add it to the generation_config")
+    remark = describe_missing_stop(own)
+    assert remark is not None and remark.startswith(f"{path}: eos_token_id is") and "without <|call|>" in remark
+    assert describe_missing_stop(base) is None and stop_problems(own) == [] and len(stop_problems(own, base)) == 1
+
+
+@pytest.mark.parametrize("target", ["mxfp4", "bf16"])
+@pytest.mark.parametrize("value", ["absent", None])
+def test_every_configuration_that_is_let_in_gives_a_configuration_that_verify_accepts(
+    value: str | None, target: str, base: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(base, tmp_path / "base"))
+    whole, refused = read_config(base), set()
+    for key in whole:
+        config = {name: each for name, each in whole.items() if name != key} | ({} if value else {key: None})
+        (source / CONFIG).write_text(json.dumps(config))
+        try:
+            Checkpoint(source).close()
+            raise_if_unfit(source)
+        except UserError:
+            refused.add(key)
+            continue
+        checkpoint = Checkpoint(source)
+        described = EXPORTERS[target].describe(checkpoint, checkpoint.tensors)
+        wanted = expected_config(target, checkpoint.tensors, config, token_ids(source))
+        assert [each.problem for each in compare(described, wanted) if each.problem] == [], key
+        checkpoint.close()
+    assert ("vocab_size" in refused and not {"architectures", "layer_types", "use_cache"} & refused) or value is None
+    if value:
+        assert not {"attention_bias", "hidden_act", "rms_norm_eps", "swiglu_limit", "tie_word_embeddings"} & refused
+
+
+def test_the_values_of_absent_keys_are_those_that_transformers_takes() -> None:
+    filled, defaults = legacy_config({"num_hidden_layers": 2}), GptOssConfig(num_hidden_layers=2)
+    for key in ("attention_bias", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "layer_types"):
+        assert filled[key] == getattr(defaults, key)
 
 
 def test_an_export_without_a_chat_template_is_named_even_if_the_base_has_none(base: Path, tmp_path: Path) -> None:
