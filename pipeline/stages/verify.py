@@ -184,6 +184,10 @@ def _weight_checks(config: PipelineConfig, here: Run, subject: _Subject, are_con
     trained = _trained_model(config, here, export, subject.ref)
     view = verify.view_export(subject.directory, subject.target, subject.reference.directory)
     checks = [trained.check_experts(view), trained.check_others(view)]
+    if subject.ref.adapter and not (subject.ref.directory / ARTIFACT_FILE).is_file():  # another program's adapters
+        from pipeline.verify.adapters import check_merge
+
+        checks.append(check_merge(Weights(subject.ref)))
     if _format_of(export).quantizes_activations:
         checks.append(trained.check_inputs(view, EXPORTERS[subject.target].load_optional))
     if not are_configured:

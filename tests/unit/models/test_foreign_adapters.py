@@ -19,9 +19,11 @@ from pipeline.config import TinyConfig
 from pipeline.errors import UserError
 from pipeline.models import loading, references
 from pipeline.models.foreign_adapters import describe_other_base, holds_adapters, read_adapter_config
+from pipeline.models.merging import Merger
 from pipeline.models.source import Source, sampled_fingerprint
 from pipeline.models.tiny_model import create_tiny
 from pipeline.models.weights import Weights
+from pipeline.verify.adapters import check_merge
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -92,6 +94,32 @@ def test_adapters_are_merged_as_peft_merges_them(
             assert weights.is_changed(name)
     assert len(changed) == len([name for name in expected if not torch.equal(expected[name], plain.read_trained(name))])
     assert changed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_verify_recomputes_the_merge_without_the_code_that_merges(kind: str, base: Source, tmp_path: Path) -> None:
+    save_adapters(base, tmp_path / "adapters", KINDS[kind])
+    check = check_merge(Weights(references.on_base(tmp_path / "adapters", base)))
+    assert check.problems == [] and check.measured["tensors"] > 0
+
+
+def test_verify_finds_a_merge_with_another_scale_a_transposed_factor_or_a_missing_layer(
+    base: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapters(base, tmp_path / "adapters", KINDS["both"])
+    merge = Merger.merge
+
+    def wrong(change: Callable[[Tensor, Tensor], Tensor]) -> list[str]:
+        def merge_wrongly(self: Merger, name: str, weight: Tensor, first: int = 0) -> Tensor:
+            return change(weight, merge(self, name, weight, first))
+
+        monkeypatch.setattr(Merger, "merge", merge_wrongly)
+        return check_merge(Weights(references.on_base(tmp_path / "adapters", base))).problems
+
+    adapted = 12  # four projections and two stacks in each of two layers
+    assert len(wrong(lambda weight, merged: weight + 0.5 * (merged - weight))) == adapted
+    assert len(wrong(lambda weight, merged: weight)) == adapted
+    assert len(wrong(lambda weight, merged: weight + (merged - weight).flip(0))) == adapted
 
 
 @pytest.mark.parametrize(
