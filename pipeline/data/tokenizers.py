@@ -71,6 +71,21 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """Read the tokens of a tokenizer.json, text -> id. The directory need not hold a model.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    from tokenizers import Tokenizer as FastTokenizer
+
+    read_config(path.parent, path.name)
+    try:
+        return FastTokenizer.from_file(str(path)).get_vocab()
+    except Exception as error:  # the library is written in Rust, and raises plain exceptions
+        raise UserError(f"{path}: no usable tokenizer ({_first_line(error)}).") from error
+
+
 def _raise_if_no_json(directory: Path) -> None:
     """Check the files that the tokenizer, or a model that is loaded later, is made from.
 

@@ -16,7 +16,7 @@ from pipeline.config import DataConfig, EndpointApi, EvaluateConfig, ModelConfig
 from pipeline.data.examples import prepare_examples, rendering_of
 from pipeline.data.harmony import Rendering
 from pipeline.data.rows import Rows, load_rows
-from pipeline.data.tokenizers import Tokenizer, load_tokenizer
+from pipeline.data.tokenizers import Tokenizer, load_tokenizer, read_vocabulary
 from pipeline.errors import Attempts, UserError, user_errors
 from pipeline.evaluate import groups
 from pipeline.evaluate.expected import check
@@ -120,9 +120,12 @@ def check_inputs(
 def check_tokens(refs: Sequence[ModelRef], reference: ModelRef | None) -> None:
     """Check that all models have the reference's vocabulary. Otherwise figures per token cannot be compared.
 
+    Adapters must also have the vocabulary of the base that they are merged on, because its tokenizer is used.
+
     Raises:
         UserError: some models have another vocabulary. The message names their directories.
     """
+    _raise_if_adapters_have_other_tokens(refs)
     others = [ref for ref in refs if reference and _tokenizer_file(ref) != _tokenizer_file(reference)]
     if not reference or not others:
         return
@@ -137,6 +140,20 @@ def check_tokens(refs: Sequence[ModelRef], reference: ModelRef | None) -> None:
                 for ref in wrong
             ]
         )
+
+
+def _raise_if_adapters_have_other_tokens(refs: Sequence[ModelRef]) -> None:
+    own = [ref for ref in refs if ref.adapter and (ref.directory / _TOKENIZER_FILES[0]).is_file()]
+    wrong = [
+        f"{ref.directory / _TOKENIZER_FILES[0]}: the vocabulary of these adapters differs from the vocabulary of"
+        f" {ref.base}, on which they are merged. So they were trained on other tokens. Set model.path to the model that"
+        " they were trained on, in another run_dir."
+        for ref in own
+        if (ref.directory / _TOKENIZER_FILES[0]).read_bytes() != _tokenizer_file(ref)
+        and read_vocabulary(ref.directory / _TOKENIZER_FILES[0]) != load_tokenizer(ref.base).get_vocab()
+    ]
+    if wrong:
+        raise user_errors(wrong)
 
 
 def file_name(name: str) -> str:

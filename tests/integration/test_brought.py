@@ -106,10 +106,20 @@ def test_adapters_of_peft_are_exported_verified_and_evaluated(
     export = export_and_verify(tmp_path / "run", tiny, tmp_path / "adapters")
     assert artifacts.load(export).details["moved_weights"] > 0.5
     assert outcomes(tmp_path / "run") == {"ok", "not checked"}  # adapters of PEFT have no digests
+    assert "adapters: merged weights equal base + scaling * B A, recomputed" in capsys.readouterr().out
     arguments = (f"run_dir={tmp_path / 'run'}", f"model.path={tiny}", "evaluate.max_samples=2", "data.max_samples=40")
-    assert run_program("stage=evaluate", "recipe=smoke", *arguments, f"evaluate.source={tmp_path / 'adapters'}") == 0, (
-        capsys.readouterr().err
-    )
+    arguments += ("stage=evaluate", "recipe=smoke", f"evaluate.source={tmp_path / 'adapters'}")
+    assert run_program(*arguments) == 0, capsys.readouterr().err
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(tiny / name, tmp_path / "adapters" / name)
+    assert run_program(*arguments) == 0, capsys.readouterr().err
+    tokenizer = json.loads((tiny / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second, *_ = sorted(vocabulary, key=vocabulary.get)[5:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (tmp_path / "adapters" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert run_program(*arguments) == 2
+    assert "tokenizer.json: the vocabulary of these adapters differs from" in capsys.readouterr().err
 
 
 def test_a_model_is_known_by_its_contents_and_not_by_its_path(
