@@ -15,9 +15,10 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config import PipelineConfig, command_line, completion, composition, help, program, rules
+from pipeline.config import PipelineConfig, command_line, completion, composition, help, program, rules, secrets
 from pipeline.config.composition import CONF_DIR, FOLDERS, register
 from pipeline.config.groups import RECIPE
+from pipeline.doctor import find_ahead
 from pipeline.errors import CheckFailed, MachineError, UserError
 from pipeline.runs import allocator, console, interruptions, present, provenance, stopping
 from pipeline.runs.job import run_job
@@ -37,7 +38,7 @@ def run(composed: DictConfig) -> None:
     _keep_jobs_apart(composed)
     config = rules.resolve(composed)
     _begin_command(config)
-    run_job(config, _find_ahead)
+    run_job(config, find_ahead)
 
 
 def _begin_command(config: PipelineConfig) -> None:
@@ -46,15 +47,9 @@ def _begin_command(config: PipelineConfig) -> None:
 
     hydra_config = HydraConfig.get()
     is_sweep = hydra_config.mode is RunMode.MULTIRUN
-    present.begin_job(config, hydra_config.overrides.task, is_sweep)
+    present.begin_job(config, _overrides(hydra_config), is_sweep)
     if not is_sweep or hydra_config.job.num == 0:
         present.tell()
-
-
-def _find_ahead(settings: PipelineConfig, is_launched_well: bool) -> list[str]:
-    from pipeline.doctor import ahead  # imports torch
-
-    return ahead.problems(settings, is_launched_well)
 
 
 def _keep_jobs_apart(composed: DictConfig) -> None:
@@ -68,7 +63,8 @@ def _keep_jobs_apart(composed: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     if hydra_config.mode is not RunMode.MULTIRUN:
         return
-    job = hydra_config.job.override_dirname.replace("/", "_")
+    secrets.remember(composed)
+    job = secrets.without_secrets(hydra_config.job.override_dirname).replace("/", "_")
     written: Any = OmegaConf.to_container(composed, resolve=False)
     is_made_of_settings = "${" in written["run_dir"].replace("${recipe}", "")
     if job and not is_made_of_settings:
@@ -160,8 +156,14 @@ def _warn_of_hiding_file() -> None:
         )
 
 
+def _overrides(hydra_config: Any) -> list[str]:
+    """Return the overrides of a job as they were written. Hydra's list resolves `${oc.env:NAME}` when it is read."""
+    written: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    return list(written)
+
+
 def _job_title(hydra_config: Any, total: int, swept: set[str]) -> str:
-    own = [each for each in hydra_config.overrides.task if each.partition("=")[0].lstrip("+") in swept]
+    own = [each for each in _overrides(hydra_config) if each.partition("=")[0].lstrip("+") in swept]
     return f"job {hydra_config.job.num + 1} of {total}: {' '.join(own)}"
 
 
@@ -177,7 +179,7 @@ def _job(composed: DictConfig) -> None:
 
 def _report(error: Exception, status: int) -> int:
     own = isinstance(error, (UserError, CheckFailed, MachineError))
-    message = str(error) if own else composition.short_message(error)
+    message = secrets.without_secrets(str(error) if own else composition.short_message(error))
     if is_main_process():
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:

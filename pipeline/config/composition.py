@@ -63,13 +63,15 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Pipel
 
 
 def values(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return the values of all settings by their full keys, unchecked. A value that is not set is `???`.
+    """Return the values of all settings by their full keys, unchecked, for messages.
+
+    A value that is not set is `???`. Interpolations such as `${oc.env:TOKEN}` stay as they are written.
 
     Raises:
         UserError: Hydra cannot compose these overrides.
     """
     with _composed(overrides, config_dirs) as composed:
-        plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False, enum_to_str=True)
+        plain: Any = OmegaConf.to_container(composed, resolve=False, throw_on_missing=False, enum_to_str=True)
     return _flat(plain)
 
 

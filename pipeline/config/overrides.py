@@ -21,7 +21,6 @@ _OF_ONE_COMMAND = (
 """Keys and sections that say what one command does. They do not belong to the run."""
 _SECTIONS = {"train@sft": "sft", "train@qat": "qat", "eval": "evaluate"}
 """Groups whose settings are in a section of another name."""
-_SECRET = re.compile(r"\b(?:hf_|sk-|github_pat_|ghp_)[\w-]{16,}|://[^/@\s]+:[^/@\s]+@")
 _NEEDS_NO_QUOTES = re.compile(
     r"(?!\.\d|(?:null|true|false|nan|inf)$)[a-z_./][\w./:%@+ -]*(?<! )", re.ASCII | re.IGNORECASE
 )
@@ -50,11 +49,6 @@ def by_key(overrides: Iterable[str]) -> dict[str, str]:
 def belongs_to_run(key: str) -> bool:
     """Return whether a key is a setting of the run, and not of one command, as `stage` and `overwrite` are."""
     return not any(key == each or key.startswith((f"{each}.", f"{each}/")) for each in _OF_ONE_COMMAND)
-
-
-def has_secret(override: str) -> bool:
-    """Return whether an override contains a token of a known form, or a password in an address."""
-    return _SECRET.search(override) is not None
 
 
 def touches(key: str, settings: Iterable[str]) -> bool:

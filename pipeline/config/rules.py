@@ -10,7 +10,7 @@ from dataclasses import is_dataclass
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config import evaluation_rules, tracking
+from pipeline.config import evaluation_rules, secrets, tracking
 from pipeline.config.bounds import bounds_of
 from pipeline.config.data import ColumnsConfig, DataConfig
 from pipeline.config.format import FormatName
@@ -39,6 +39,7 @@ def resolve(composed: DictConfig) -> PipelineConfig:
         UserError: there are unknown keys, missing values, a value of the wrong type, or broken rules. The error lists
             all problems of one kind, but only the first wrong type.
     """
+    secrets.remember(composed)
     # `+sft.lr=1` adds an unknown key to the composed configuration. OmegaConf.to_object would drop the key silently.
     unknown = [key for key in _leaf_keys(composed) if not is_known(key)]
     if unknown:

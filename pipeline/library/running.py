@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.config import PipelineConfig, command_line, composition
 from pipeline.config.overrides import assignment, is_override, key_of
+from pipeline.doctor import find_ahead
 from pipeline.errors import UserError, user_errors
 from pipeline.runs import allocator, present, taken_settings
 from pipeline.runs.artifacts import Artifact
@@ -53,7 +54,7 @@ def run(
     flags = [] if config_dir is None else [f"--config-dir={_config_dir(config_dir)}"]
     arguments = [*flags, *_arguments(stage, recipe, run_dir, overrides)]
     with _one_at_a_time, present.one_call(), allocator.growing_segments(), _unchanged_random_numbers():
-        return run_job(_begin(command_line.quote_lists(arguments)), _find_ahead)
+        return run_job(_begin(command_line.quote_lists(arguments)), find_ahead)
 
 
 def _begin(arguments: list[str]) -> PipelineConfig:
@@ -116,9 +117,3 @@ def _unchanged_random_numbers() -> Iterator[None]:
         random.setstate(random_state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
-
-
-def _find_ahead(settings: PipelineConfig, is_launched_well: bool) -> list[str]:
-    from pipeline.doctor import ahead  # imports torch
-
-    return ahead.problems(settings, is_launched_well)

@@ -15,6 +15,7 @@ import xxhash
 
 from pipeline import __version__
 from pipeline.config import Stage
+from pipeline.config.secrets import without_secrets
 from pipeline.errors import UserError
 from pipeline.runs.commands import locate, rebuild_command
 from pipeline.runs.console import progress
@@ -153,6 +154,7 @@ def load(directory: Path, check_files: bool = True, remedy: str | None = None) -
     try:
         record = _migrate(parse_json(path.read_text(encoding="utf-8")), path)
         _raise_if_wrong_types(record)
+        record["settings"] = without_secrets(record["settings"])  # as settings are compared
         known = {item.name for item in dataclasses.fields(Artifact)} - {"directory", "kind"}
         artifact = Artifact(directory, kind=Kind[record["kind"]], **{name: record[name] for name in known})
     except (OSError, ValueError, KeyError) as error:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TextIO
 
+from pipeline.config.secrets import without_secrets
 from pipeline.runs.processes import is_main_process
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def show_page(text: str) -> None:
 
 
 def _write_line(line: str, file: TextIO) -> None:
+    line = without_secrets(line)
     if not shows_progress():
         print(line, file=file, flush=True)
         return

@@ -7,7 +7,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.overrides import belongs_to_run, by_key, has_secret, is_override
+from pipeline.config.overrides import belongs_to_run, by_key, is_override
+from pipeline.config.secrets import has_secret
 from pipeline.errors import UserError
 from pipeline.runs.durable import write_text
 

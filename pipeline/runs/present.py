@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pipeline.config import PipelineConfig, Stage, composition, listed_stages
 from pipeline.config.groups import RECIPE
-from pipeline.config.overrides import assignment, belongs_to_run, by_key, has_secret, is_override
+from pipeline.config.overrides import assignment, belongs_to_run, by_key, is_override
+from pipeline.config.secrets import has_secret
 from pipeline.errors import user_errors
 from pipeline.runs import commands, console, interruptions, launches, taken_settings
 from pipeline.runs.commands import Command

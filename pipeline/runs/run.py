@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.config import DEFAULT_TARGET, PipelineConfig, QuantizeSource, Stage, rebuilds
 from pipeline.config.overrides import assignment
+from pipeline.config.secrets import without_secrets
 from pipeline.errors import UserError
 from pipeline.runs import launches, parts
 from pipeline.runs.artifacts import (
@@ -271,7 +272,7 @@ def _read_unfinished(directory: Path) -> dict[str, Any] | None:
             " overwrite=true to start the stage again."
         ) from error
     raise_if_newer(path, version, None)
-    return record
+    return record | {"settings": without_secrets(record["settings"])}
 
 
 def write_unfinished(directory: Path, inputs: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Any
 
 from pipeline.config import PipelineConfig
+from pipeline.config.secrets import without_secrets
 
 Settings = dict[str, Any]
 """Dotted key -> plain value. The section of `PipelineConfig` declares the type of the value."""
@@ -43,15 +44,19 @@ def without_model_paths(settings: Settings, same: Collection[str]) -> Settings:
 def plain(value: object) -> Any:
     """Convert settings to dictionaries, lists, texts, numbers and null, as they are stored in JSON and YAML.
 
-    OmegaConf does the same, but takes 40 milliseconds for the whole configuration, because it checks all types again.
+    Secrets become `***`. OmegaConf would take 40 milliseconds for the configuration, because it checks all types again.
     """
+    return without_secrets(_plain(value))
+
+
+def _plain(value: object) -> Any:
     if isinstance(value, Enum):
         return value.name
     if is_dataclass(value):
-        return {name: plain(each) for name, each in vars(value).items()}
+        return {name: _plain(each) for name, each in vars(value).items()}
     if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items()}
-    return [plain(each) for each in value] if isinstance(value, list) else value
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
 def _at(section: object, key: str) -> object:

@@ -24,7 +24,6 @@ from pipeline.runs.settings import plain
 from pipeline.runs.trackers import lineage, weights_and_biases
 from pipeline.runs.trackers.mlflow import MLflow
 from pipeline.runs.trackers.readings import read_line
-from pipeline.runs.trackers.secrets import without_secrets
 from pipeline.runs.trackers.tensorboard import TensorBoard
 from pipeline.runs.trackers.tracker import Hint, TrackedStage, Tracker, in_one_line
 from pipeline.runs.trackers.weights_and_biases import WeightsAndBiases
@@ -275,7 +274,7 @@ def _describe(run: Run, stage: str, run_dir: Path) -> TrackedStage:
             "model": lineage.base_name(config.model.path),
             "format": config.format.name.name,
         },
-        config=without_secrets(plain(config)),
+        config=plain(config),
         directory=run_dir,
         settings=config.tracking,
     )

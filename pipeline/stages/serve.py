@@ -82,7 +82,10 @@ def _write_command(here: Run, port: int, launch: "Launch") -> Path:
     directory = here.stage_dir(Stage.serve)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"command-{port}.sh").write_text(f"#!/bin/sh\nexec {launch.shell_line}\n", encoding="utf-8")
+        command = directory / f"command-{port}.sh"
+        command.touch(mode=0o600)  # its arguments may have a key of the user
+        command.chmod(0o600)
+        command.write_text(f"#!/bin/sh\nexec {launch.shell_line}\n", encoding="utf-8")
     except OSError as error:
         raise here.not_writable(directory, error) from error
     return directory / f"engine-{port}.log"

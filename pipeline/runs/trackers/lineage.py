@@ -14,11 +14,11 @@ from omegaconf import OmegaConf
 
 from pipeline.config import PipelineConfig, Stage
 from pipeline.config.controls import DIRECTORY
+from pipeline.config.secrets import without_secrets
 from pipeline.runs import controls, exports
 from pipeline.runs.artifacts import ARTIFACT_FILE, CONFIG_FILE, MODEL_STAGES, Artifact, Kind, load
 from pipeline.runs.run import START, Run
 from pipeline.runs.trackers.readings import split
-from pipeline.runs.trackers.secrets import without_secrets
 from pipeline.runs.trackers.tracker import DATASET, MODEL, MODEL_FILES, REPORT, Item
 
 _OTHER_NAMES: Mapping[str, tuple[Stage, ...]] = {"model": MODEL_STAGES}

@@ -8,7 +8,6 @@ from pipeline.config.overrides import (
     assignment,
     belongs_to_run,
     by_key,
-    has_secret,
     key_of,
     plain_value,
     swept_values,
@@ -52,15 +51,6 @@ def test_lists_sweeps_and_interpolations_are_no_plain_values(override: str) -> N
 def test_keys_of_one_command_do_not_belong_to_the_run(key: str) -> None:
     assert not belongs_to_run(key)
     assert belongs_to_run("evaluate.sources") and belongs_to_run("sft.epochs") and belongs_to_run("recipe")
-
-
-@pytest.mark.parametrize(
-    "override",
-    ["x.api_key_env=hf_abcdefghijklmnopqrstuvwx", "x=sk-abcdefghijklmnopqrst", "x.url=http://me:secret@host/v1"],
-)
-def test_tokens_and_passwords_are_recognized(override: str) -> None:
-    assert has_secret(override)
-    assert not has_secret("model.path=openai/gpt-oss-20b") and not has_secret("x.url=http://host:8000/v1")
 
 
 def test_a_group_touches_its_section_and_a_recipe_touches_all() -> None:

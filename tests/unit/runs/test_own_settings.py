@@ -348,3 +348,23 @@ def test_controls_that_have_not_begun_are_still_rebuilt(built: list[PipelineConf
         f"GPT_OSS_QAT_LAUNCH={launches.present()} python -m pipeline stage=controls recipe=smoke run_dir=r"
         " controls=true overwrite=true"
     )
+
+
+def test_secrets_are_in_no_message_and_in_no_file(
+    built: list[PipelineConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TEST_TOKEN", "swordfish-2")
+    secret, address = "data.model_identity=${oc.env:TEST_TOKEN}", "data.path='https://me:swordfish-2@host/x.jsonl'"
+    assert run_program("stage=upcast", *MADE, secret) == 0
+    assert secret in recorded()
+    assert run_program("stage=sft", RUN, address, "sft.epochs=3", "serve.extra_arguments=[--api-key,swordfish-2]") == 0
+    assert run_program("stage=sft", RUN, "sft.epochs=4", address) == 2
+    assert built[-1].data.model_identity == "swordfish-2"
+    assert run_program("stage=sft", RUN, "model.dtype=${oc.env:TEST_TOKEN}") == 2
+    assert run_program("-m", "stage=upcast", RUN, "data.model_identity=${oc.env:TEST_TOKEN}", "sft.seed=1,2") == 0
+    output = capsys.readouterr()
+    assert "data.path: " in output.err and "Invalid value '***'" in output.err
+    assert "swordfish" not in output.out + output.err
+    files = [path for path in Path().rglob("*") if path.is_file()]
+    assert {"command.yaml", "config.yaml", "artifact.json"} <= {path.name for path in files}
+    assert not [path for path in files if b"swordfish" in path.read_bytes()]
