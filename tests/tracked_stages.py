@@ -1,13 +1,23 @@
 """Two small stages that are built with a tracker: `upcast`, and `sft` which uses it. No model is loaded."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from pipeline.config import FormatConfig, ModelConfig, PipelineConfig, Stage, TrackingBackend, TrackingConfig, Upload
+from pipeline.config import (
+    ExportTarget,
+    FormatConfig,
+    ModelConfig,
+    PipelineConfig,
+    Stage,
+    TrackingBackend,
+    TrackingConfig,
+    Upload,
+)
 from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
-from pipeline.runs.records import TrainingRecord, UpcastRecord
+from pipeline.runs.records import StageRecord, TrainingRecord, UpcastRecord
 from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_media, log_metrics, log_report, log_table
 
@@ -61,3 +71,30 @@ def _sft(directory: Path) -> Result:
         validation_loss=KEPT_LOSS,
     )
     return Result(Kind.checkpoint, record, "bfloat16")
+
+
+FIGURES = {ExportTarget.mxfp4: 3, ExportTarget.gguf: 5}
+"""Target -> a figure that its proof logs."""
+
+
+def verify_targets(config: PipelineConfig) -> None:
+    """Build an export and its proof for each of two targets."""
+    for target, figure in FIGURES.items():
+        config.export.target = target
+        run = Run(config)
+        made = build(run, Stage.export, settings=("export.target",), parents={}, work=_export, is_report=True)
+        parents = {"checkpoint": made.fingerprint}
+        build(run, Stage.verify, settings=(), parents=parents, work=_proof_with(figure), is_report=True)
+
+
+def _export(directory: Path) -> Result:
+    (directory / "model.safetensors").write_text(directory.name)
+    return Result(Kind.foreign, StageRecord())
+
+
+def _proof_with(figure: int) -> Callable[[Path], Result]:
+    def work(directory: Path) -> Result:
+        log_metrics(directory, {"tensors": figure})
+        return Result(Kind.report, StageRecord())
+
+    return work

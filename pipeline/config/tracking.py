@@ -39,7 +39,7 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)
     """Tags of every stage, in addition to the recipe, the model and the format."""
     name: Optional[str] = None
-    """Name of the pipeline run in the tracker; null: the recipe. Each stage is one run in its group: <name>-<stage>."""
+    """Name of the run in the tracker; null: the recipe. Each stage is a run in its group: <name>-<stage>[-<target>]."""
     upload: Upload = Upload.report
     """What the tracker gets besides metrics: none, report (plots, tables, sample answers) or models (also weights)."""
 

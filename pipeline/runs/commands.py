@@ -1,5 +1,6 @@
 """Commands of this program, as messages show them, and the command that runs now."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from pipeline.config.overrides import assignment, belongs_to_run, by_key, key_of
 from pipeline.runs import launches, own_settings
 
 _CHOOSES_PLACE = ("stage", "run_dir", "overwrite")
+_REBUILD = "overwrite=true"
 
 
 @dataclass
@@ -87,11 +89,15 @@ def stage_command(
 def run_command(stage: Stage, run_dir: str, *overrides: str, recipe: str = PipelineConfig.recipe) -> str:
     """Return the command that runs a stage of a run with the run's settings.
 
-    It names the settings that the run has not recorded itself. A stage of a control is run by `stage=controls`.
+    It names the settings that the run has not recorded itself. A stage of a control is run by `stage=controls`. With
+    overwrite=true, this stage would make all controls again. So the command deletes the one control instead, whose
+    links to the main run `rm -r` does not follow.
     """
     directory = Path(run_dir)
     if directory.parent.name == CONTROLS_DIR:
-        return run_command(Stage.controls, str(directory.parent.parent), *overrides, recipe=recipe)
+        further = [each for each in overrides if each != _REBUILD]
+        removal = f"rm -r {shlex.quote(run_dir)} && " if _REBUILD in overrides else ""
+        return removal + run_command(Stage.controls, str(directory.parent.parent), *further, recipe=recipe)
     needed = _needed(run_dir)
     if needed is None:
         return stage_command(stage, *overrides, run_dir=run_dir, recipe=recipe)
@@ -110,7 +116,7 @@ def rebuild_command(directory: Path) -> str | None:
         run_dir = _current.run_dir
     if _needed(run_dir) is None:
         return None
-    return run_command(place.stage, run_dir, *place.target, "overwrite=true")
+    return run_command(place.stage, run_dir, *place.target, _REBUILD)
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ class Made:
 
 def remedy(directory: Path) -> str:
     """Return the advice for a control whose files are damaged or stale: make it again, or go on without it."""
-    command = run_command(Stage.controls, str(directory.parent.parent), "overwrite=true")
-    return f"Make it again: {command}, or delete {directory}."
+    command = run_command(Stage.controls, str(directory), "overwrite=true")
+    return f"Make it again: {command}. To go on without it, delete {directory}."
 
 
 def prepare(main: Run, control: Control, stages: Iterable[Stage]) -> None:

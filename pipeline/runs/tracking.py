@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline.config import TrackingBackend, Upload
 from pipeline.errors import UserError
+from pipeline.runs import parts
 from pipeline.runs.artifacts import Artifact, Kind
 from pipeline.runs.console import say, warn
 from pipeline.runs.metrics import METRICS_FILE
@@ -176,7 +177,8 @@ def track(run: Run, stage: str, run_dir: Path) -> Iterator[None]:
 
     Args:
         run: the run whose configuration is sent, without secrets.
-        stage: name of the stage. Each stage is one run of the tracker. All stages of a pipeline run form one group.
+        stage: name of the stage. Each stage, or part of a stage, is one run of the tracker. All stages of a pipeline
+            run form one group.
         run_dir: directory of the pipeline run. The tracker's local files go below it.
 
     Raises:
@@ -264,11 +266,13 @@ def _send(act: Callable[[Tracker], None]) -> None:
 def _describe(run: Run, stage: str, run_dir: Path) -> TrackedStage:
     config = run.config
     identity = _identity(run, run_dir)
+    part = run.part if stage in parts.STAGES else None
     return TrackedStage(
         stage=stage,
+        part=part,
         name=_name_of(run),
         group=identity["group"],
-        id=f"{identity['id']}-{stage}",
+        id="-".join([identity["id"], stage, *([] if part is None else [part])]),
         labels={
             "recipe": run.recipe,
             "model": lineage.base_name(config.model.path),

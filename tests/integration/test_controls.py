@@ -116,7 +116,13 @@ def test_a_damaged_control_stops_only_an_evaluation_that_measures_it(
     (damaged / "quantize" / "config.json").unlink()
     assert run_program("stage=evaluate", f"run_dir={run_dir}", *SETTINGS, "evaluate.source=sft") == 0
     assert run_program("stage=evaluate", f"run_dir={run_dir}", *SETTINGS, "evaluate.source=all") == 2
-    assert f"or delete {damaged}." in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"without it, delete {damaged}." in error
+    assert f"Make it again: rm -r {damaged} && " in error
+    shutil.rmtree(damaged)
+    assert run_program("stage=controls", f"run_dir={run_dir}", *SETTINGS) == 0
+    assert capsys.readouterr().out.count("done in") == 1
+    assert stages(run_dir) == stages(whole)
 
 
 def test_a_controls_model_can_be_evaluated_and_exported_by_its_name(

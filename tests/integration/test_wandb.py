@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import SHORT, run_program
 from matplotlib.figure import Figure
-from tracked_stages import SECRET, build_stages, configuration
+from tracked_stages import FIGURES, SECRET, build_stages, configuration, verify_targets
 
 from pipeline.config import PipelineConfig, TrackingBackend, TrackingConfig, Upload
 from pipeline.runs.artifacts import load
@@ -205,3 +205,16 @@ def test_tables_plots_and_pages_are_in_the_file_and_on_disk(tmp_path: Path) -> N
     (table,) = file.parent.glob("files/media/table/*.json")
     assert json.loads(table.read_text())["data"] == [["a", "b"], ["c", {"d": 1}]]
     assert len((tmp_path / "examples.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_proofs_of_two_exports_are_two_runs(tmp_path: Path) -> None:
+    verify_targets(configuration(tmp_path, TrackingBackend.wandb))
+    ids = set()
+    for target, figure in FIGURES.items():
+        (path,) = wandb_files(tmp_path, f"verify-{target.name}")
+        found = records(path)
+        assert run_record(found).display_name == f"smoke-verify-{target.name}"
+        assert history(found) == [{"verify/tensors": figure}]
+        assert f"smoke-export-{target.name}" in {each.name for each in artifacts(found)}
+        ids.add(run_record(found).run_id)
+    assert len(ids) == len(FIGURES)

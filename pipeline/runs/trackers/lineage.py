@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from pipeline.config import PipelineConfig, Stage
 from pipeline.config.controls import DIRECTORY
 from pipeline.config.secrets import without_secrets
-from pipeline.runs import controls, exports
+from pipeline.runs import controls, exports, parts
 from pipeline.runs.artifacts import ARTIFACT_FILE, CONFIG_FILE, MODEL_STAGES, Artifact, Kind, load
 from pipeline.runs.run import START, Run
 from pipeline.runs.trackers.readings import split
@@ -80,7 +80,7 @@ def describe(artifact: Artifact, files: Mapping[str, Path] | None = None) -> Ite
         "files": artifact.files,
     }
     kind = REPORT if artifact.kind is Kind.report else MODEL
-    name = item_name(_name_of_run(artifact), artifact.stage)
+    name = item_name(_name_of_run(artifact), artifact.stage, *_part_of(artifact))
     return Item(name, kind, artifact.fingerprint, facts, dict(files or {}))
 
 
@@ -116,6 +116,12 @@ def _base(config: PipelineConfig, fingerprint: str) -> Item:
     model = config.model
     facts: dict[str, Any] = {"path": without_secrets(model.path), "revision": model.revision}
     return Item(item_name("base", base_name(model.path)), MODEL, fingerprint, {**facts, "fingerprint": fingerprint})
+
+
+def _part_of(artifact: Artifact) -> list[str]:
+    """Return the name of the part that an artifact is, or an empty list. Exports to two targets are two items."""
+    is_part = artifact.stage in parts.STAGES and artifact.directory.parent.name == artifact.stage
+    return [artifact.directory.name] if is_part else []
 
 
 def _name_of_run(artifact: Artifact) -> str:

@@ -76,9 +76,8 @@ class MLflow(OnDisk):
                 self._client.update_run(run.info.run_id, status="RUNNING")
                 return run
         tags = {_ID: stage.id, "stage": stage.stage, "group": stage.group, "tags": ", ".join(stage.tags)}
-        run = self._client.create_run(
-            self._experiment, run_name=f"{stage.name}-{stage.stage}", tags={**tags, **stage.labels}
-        )
+        tags |= {} if stage.part is None else {"part": stage.part}
+        run = self._client.create_run(self._experiment, run_name=stage.title, tags={**tags, **stage.labels})
         pairs = iter(params.items())
         while batch := list(islice(pairs, _MOST_PARAMS)):
             self._client.log_batch(run.info.run_id, params=[self._entities.Param(*pair) for pair in batch])

@@ -1,4 +1,4 @@
-"""TensorBoard: event files in <run_dir>/tensorboard/<stage>, written by torch's SummaryWriter."""
+"""TensorBoard: event files in <run_dir>/tensorboard/<stage> or <stage>/<part>, written by torch's SummaryWriter."""
 
 import json
 import shlex
@@ -25,7 +25,7 @@ class TensorBoard(OnDisk):
     def __init__(self, stage: TrackedStage) -> None:
         self._stage = stage
         self._all = stage.directory / _DIRECTORY
-        self._directory = self._all / stage.stage
+        self._directory = self._all / stage.stage / (stage.part or "")
         self._opened: SummaryWriter | None = None
         self._held = {"tags": ", ".join(stage.tags)}  # texts until the first line of metrics
         self._add_json("config", stage.config)

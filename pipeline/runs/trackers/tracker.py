@@ -17,9 +17,10 @@ class TrackedStage:
 
     Attributes:
         stage: name of the stage.
+        part: name of the part of the stage, such as the target of an export, or None.
         name: name of the pipeline run.
         group: unique name of the pipeline run. All its stages share it.
-        id: unique name of the stage in the pipeline run. A repeated stage keeps it.
+        id: unique name of the stage and its part in the pipeline run. A repeated stage keeps it.
         labels: recipe, model and format.
         config: the configuration as plain nested values, without secrets.
         directory: directory of the pipeline run. Local files of the tracker belong below it.
@@ -27,6 +28,7 @@ class TrackedStage:
     """
 
     stage: str
+    part: str | None
     name: str
     group: str
     id: str
@@ -34,6 +36,11 @@ class TrackedStage:
     config: Mapping[str, Any]
     directory: Path
     settings: TrackingConfig
+
+    @property
+    def title(self) -> str:
+        """Name for lists: the names of the pipeline run, the stage and its part."""
+        return "-".join([self.name, self.stage, *([] if self.part is None else [self.part])])
 
     @property
     def tags(self) -> list[str]:

@@ -65,7 +65,7 @@ class WeightsAndBiases:
             entity=stage.settings.entity,
             tags=[tag[:_LONGEST_TAG] for tag in stage.tags],
             group=stage.group,
-            name=f"{stage.name}-{stage.stage}",
+            name=stage.title,
             id=stage.id,
             job_type=stage.stage,
             resume="allow",

@@ -305,7 +305,9 @@ def test_a_command_is_short_if_the_run_knows_itself_and_whole_if_not(built: list
 def test_a_stage_of_a_control_is_made_by_controls(built: list[PipelineConfig]) -> None:
     assert run_program("stage=upcast", *MADE) == 0
     command = commands.run_command(Stage.quantize, "r/controls/more_sft", "overwrite=true")
-    assert command == "python -m pipeline stage=controls run_dir=r overwrite=true"
+    assert command == "rm -r r/controls/more_sft && python -m pipeline stage=controls run_dir=r"
+    command = commands.run_command(Stage.quantize, "r/controls/more_sft", "qat.seed=1")
+    assert command == "python -m pipeline stage=controls run_dir=r qat.seed=1"
 
 
 def test_the_export_of_a_target_is_rebuilt_by_a_command_that_names_the_target(built: list[PipelineConfig]) -> None:

@@ -72,8 +72,8 @@ def test_more_sft_is_stale_if_sft_was_rebuilt_but_not_if_sft_was_removed(main: R
 
 def test_a_damaged_control_is_to_be_made_again_or_deleted_but_never_the_main_run(main: Run) -> None:
     directory = main.directory / "controls" / "stochastic"
-    again = f"python -m pipeline stage=controls run_dir={main.directory} overwrite=true"
-    remedy = f"Make it again: {again}, or delete {directory}."
+    again = f"rm -r {directory} && python -m pipeline stage=controls run_dir={main.directory}"
+    remedy = f"Make it again: {again}. To go on without it, delete {directory}."
     stochastic(main, files={"model.safetensors": 3})
     (made,) = controls.find_made(main)
     with pytest.raises(UserError) as caught:
@@ -83,7 +83,7 @@ def test_a_damaged_control_is_to_be_made_again_or_deleted_but_never_the_main_run
         references.find(main, made.model, (), "evaluate.source")
     assert str(caught.value).endswith(remedy)
     (directory / "quantize" / "artifact.json").write_text("{")
-    with pytest.raises(UserError, match=r"not a readable artifact .* or delete"):
+    with pytest.raises(UserError, match=r"not a readable artifact .* without it, delete"):
         list(controls.find_made(main))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tracked_stages import DATA, KEPT_LOSS, LOSSES, SECRET, build_stages, configuration
+from tracked_stages import DATA, FIGURES, KEPT_LOSS, LOSSES, SECRET, build_stages, configuration, verify_targets
 
 from pipeline.config import PipelineConfig, TrackingBackend, Upload
 from pipeline.errors import UserError
@@ -142,3 +142,11 @@ def test_a_failure_while_the_stage_runs_is_one_warning(
         log_metrics(directory, {"step": 1})
         log_metrics(directory, {"step": 1, "loss": 1.0})
     assert capsys.readouterr().err.count("[sft] warning: MLflow failed (disk I/O error): going on without it.") == 1
+
+
+def test_the_proofs_of_two_exports_are_two_runs(store: Store) -> None:
+    verify_targets(store.config)
+    for target, figure in FIGURES.items():
+        (run,) = store.runs(f"smoke-verify-{target.name}")
+        assert run.data.metrics["verify/tensors"] == figure
+        assert (run.data.tags["stage"], run.data.tags["part"]) == ("verify", target.name)

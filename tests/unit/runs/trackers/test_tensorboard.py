@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tracked_stages import DATA, KEPT_LOSS, LOSSES, SECRET, build_stages, configuration
+from tracked_stages import DATA, FIGURES, KEPT_LOSS, LOSSES, SECRET, build_stages, configuration, verify_targets
 
 from pipeline.config import TrackingBackend, Upload
 from pipeline.errors import UserError
@@ -71,3 +71,11 @@ def test_a_directory_that_cannot_be_written_is_one_message(tmp_path: Path) -> No
     expected = r"tracking=tensorboard: cannot write .*use tracking=none"
     with pytest.raises(UserError, match=expected), track(run, "sft", tmp_path):
         pytest.fail("the stage must not begin")
+
+
+def test_the_proofs_of_two_exports_are_two_runs(tmp_path: Path) -> None:
+    verify_targets(configuration(tmp_path, TrackingBackend.tensorboard))
+    for target, figure in FIGURES.items():
+        events = read(tmp_path / "tensorboard" / "verify" / target.name)
+        assert curve(events, "verify/tensors") == {0: figure}
+        assert "inputs/smoke-export-" + target.name + "/text_summary" in events.Tags()["tensors"]
