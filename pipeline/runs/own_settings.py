@@ -7,13 +7,19 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.overrides import belongs_to_run, by_key, is_override
+from pipeline.config.overrides import assignment, belongs_to_run, by_key, is_override, key_of, plain_value
 from pipeline.config.secrets import has_secret
 from pipeline.errors import UserError
 from pipeline.runs.durable import write_text
 
 RECORD_FILE = "command.yaml"
 
+_PATHS = (
+    *("base_run", "data.path", "data.validation.path", "evaluate.lm_eval.include_path", "evaluate.prompts.path"),
+    *("model.path", "sft.start", "verify.reference"),
+)
+"""Recorded settings that may be paths. A relative path starts at the working directory."""
+_PROGRAMS = "verify.python."
 _HEADER = "# The settings of this run. Commands with this run_dir and without recipe= use them.\n"
 
 
@@ -25,15 +31,20 @@ class OwnSettings:
         overrides: key -> override, in the order of the command line.
         working_directory: the directory at which relative paths in `overrides` start.
         config_dir: the directory of further configuration files (`--config-dir`), or None.
+        moved: keys whose relative paths are absolute in `overrides`, because this command runs in another directory.
     """
 
     overrides: dict[str, str]
     working_directory: str
     config_dir: str | None = None
+    moved: tuple[str, ...] = ()
 
 
 def read(run_dir: Path) -> OwnSettings | None:
     """Read the recorded settings of a run. Return None if there are none.
+
+    A recorded relative path becomes absolute if this process runs in another directory, and the path exists in the
+    first one. Other relative paths stay: they may be ids of a hub, or the run may have been moved with its files.
 
     Raises:
         UserError: command.yaml cannot be read, or has another form.
@@ -52,7 +63,20 @@ def read(run_dir: Path) -> OwnSettings | None:
         raise _unreadable(path, f"{error.args[0]} is missing") from error
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise _unreadable(path, str(error).splitlines()[0]) from error
-    return OwnSettings(by_key(overrides), directory, more)
+    here = {override: _from_here(override, Path(directory)) for override in overrides}
+    moved = tuple(key_of(override) for override in overrides if here[override] != override)
+    return OwnSettings(by_key(here[override] for override in overrides), directory, more, moved)
+
+
+def _from_here(override: str, there: Path) -> str:
+    """Return the override with an absolute path, if it has a path that is relative to another directory."""
+    key, value = key_of(override), plain_value(override)
+    if value is None or not (key in _PATHS or key.startswith(_PROGRAMS)) or Path(value).expanduser().is_absolute():
+        return override
+    path, here = there / value, Path(value)
+    if not path.exists() or (here.exists() and here.samefile(path)):
+        return override
+    return assignment(key, str(path))
 
 
 def _are_overrides(value: object) -> bool:

@@ -102,10 +102,11 @@ def tell() -> None:
         return
     run_dir, own = _taken
     shown = shlex.join(text for text in own.overrides.values() if not has_secret(text)) or "the defaults"
+    places = f" (paths of {', '.join(own.moved)} start at {own.working_directory})" if own.moved else ""
     changes = _changes(own)
     more = f" and {len(changes) - _MOST_CHANGES} more" if len(changes) > _MOST_CHANGES else ""
     changed = f"; the command line changes {', '.join(changes[:_MOST_CHANGES])}{more}" if changes else ""
-    console.note("run", f"settings of {run_dir}: {shown}{changed}")
+    console.note("run", f"settings of {run_dir}: {shown}{places}{changed}")
 
 
 def _changes(own: OwnSettings) -> list[str]:

@@ -6,17 +6,12 @@ from pathlib import Path
 
 from pipeline.config import PipelineConfig
 from pipeline.config.groups import RECIPE
-from pipeline.config.overrides import assignment, by_key, is_override, key_of, plain_value, shown, swept_values
+from pipeline.config.overrides import assignment, by_key, is_override, plain_value, shown, swept_values
 from pipeline.errors import UserError
 from pipeline.runs import own_settings
 from pipeline.runs.artifacts import CONFIG_FILE, MODEL_STAGES
 from pipeline.runs.own_settings import RECORD_FILE, OwnSettings
 
-_PATHS = (
-    *("base_run", "data.path", "data.validation.path", "evaluate.prompts.path", "export.source", "model.path"),
-    *("sft.start", "verify.reference"),
-)
-"""Settings that may be paths. A relative path starts at the working directory."""
 _CONFIG_DIR = ("--config-dir", "-cd")
 _SWEEP = ("-m", "--multirun")
 
@@ -25,8 +20,8 @@ def find(arguments: list[str]) -> tuple[str, OwnSettings] | None:
     """Return run_dir and the settings that a command line takes from its run. Return None if it takes none.
 
     Raises:
-        UserError: the record is unreadable or invalid, names files that are not here, or is missing although the run
-            has another recipe than the default one. Or a sweep over run_dir would ignore settings of its runs.
+        UserError: the record is unreadable or invalid, or is missing although the run has another recipe than the
+            default one. Or a sweep over run_dir would ignore settings of its runs.
     """
     given = by_key(argument for argument in arguments if is_override(argument))
     if RECIPE in given or "run_dir" not in given:
@@ -40,7 +35,6 @@ def find(arguments: list[str]) -> tuple[str, OwnSettings] | None:
     if own is None:
         _raise_if_recipe_is_needed(directory, run_dir, arguments)
         return None
-    _raise_if_elsewhere(own, given, run_dir, arguments)
     return run_dir, own
 
 
@@ -104,21 +98,3 @@ def _recipe_in(path: Path) -> str | None:
     except (OSError, KeyError, TypeError, yaml.YAMLError):
         return None
     return recipe if isinstance(recipe, str) else None
-
-
-def _raise_if_elsewhere(own: OwnSettings, given: dict[str, str], run_dir: str, arguments: list[str]) -> None:
-    """Raise UserError if a recorded relative path names another file from this working directory."""
-    there, here = Path(own.working_directory), Path.cwd()
-    for key, override in own.overrides.items():
-        value = plain_value(override)
-        if key not in _PATHS or key in given or value is None or Path(value).expanduser().is_absolute():
-            continue
-        if (there / value).exists() and (there / value).resolve() != (here / value).resolve():
-            moved = [
-                assignment("run_dir", str(Path(run_dir).expanduser().resolve())) if key_of(a) == "run_dir" else a
-                for a in arguments
-            ]
-            raise UserError(
-                f"run_dir={run_dir}: its setting {override} is a path relative to {there}. Run the command there: cd"
-                f" {shlex.quote(str(there))} && {shown(moved)}. Or give {key}= with an absolute path."
-            )

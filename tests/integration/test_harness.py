@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from chat_server import Reply, Server, completion
 
 from pipeline.config import EndpointConfig, LmEvalConfig, TinyConfig
-from pipeline.data.harmony import Rendering
+from pipeline.data.conversations import Conversation
+from pipeline.data.harmony import Rendering, render_prompt
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.evaluate.generation.endpoint import Served
@@ -104,9 +106,8 @@ def test_the_score_of_a_model_in_memory_matches_its_likelihoods(tasks: Path, tin
 
 
 @pytest.mark.usefixtures("only_own_tasks")
-def test_chat_is_rendered_with_the_pinned_date_and_effort(
-    tasks: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("form", ["harmony", "template"])
+def test_chat_is_rendered_as_in_training(tasks: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     model, seen = load_plain(tiny, torch.float32, experts_implementation="eager").eval(), []
     generate = model.generate
 
@@ -116,8 +117,11 @@ def test_chat_is_rendered_with_the_pinned_date_and_effort(
 
     monkeypatch.setattr(model, "generate", watching)
     chat = settings(tasks, "own_free", limit=1, apply_chat_template=True)
-    found = Suites(chat).score_model(model, rendering(tiny))
+    form_of = replace(rendering(tiny), form=form, reasoning_language="French")
+    found = Suites(chat).score_model(model, form_of)
     assert "lm_eval/own_free/exact_match" in found
+    assert seen[0] == render_prompt(Conversation([{"role": "user", "content": QUESTIONS[0]}]), form_of)
+    assert "French" in seen[0]
     assert "Current date: 2025-08-05" in seen[0] and "Reasoning: low" in seen[0]
     assert seen[0].endswith("<|start|>user<|message|>Is ice cold?<|end|><|start|>assistant")
 

@@ -2,8 +2,8 @@
 
 Only this module imports lm_eval, which is an optional dependency. A model of the run is passed to the harness in
 memory, so the harness measures the model's real forward pass, including fake quantizers. Chat prompts are rendered as
-in training, with the pinned date and effort. The answer is the text after the last channel's `<|message|>`. If the
-model is on a server, the harness sends the requests itself.
+in training (`data.rendering`), with the pinned date and effort. The answer is the text after the last channel's
+`<|message|>`. If the model is on a server, the harness sends the requests itself.
 """
 
 import logging
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import EndpointApi, EndpointConfig, LmEvalConfig
-from pipeline.data.harmony import Rendering
+from pipeline.data.conversations import Conversation
+from pipeline.data.harmony import Rendering, render_prompt
 from pipeline.errors import UserError, did_you_mean, user_errors
 from pipeline.evaluate.generation.client import read_key
 from pipeline.evaluate.generation.endpoint import KEY as ENDPOINT
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 KEY = "evaluate.lm_eval"
 _BEFORE_TEXT = "<|message|>"
+_ANSWER = "<|channel|>final<|message|>"
+"""The beginning of an answer after the prompt, if a task gives its first words."""
 
 
 class Suites:
@@ -65,25 +68,31 @@ class Suites:
 
         Args:
             model: a causal language model in evaluation mode, on its device.
-            rendering: the model's tokenizer and the settings of chat prompts.
+            rendering: the model's tokenizer and the settings of chat prompts, which are rendered as in training.
 
         Raises:
             UserError: a task's data cannot be read, or a task does not support the settings.
         """
         from lm_eval.models.huggingface import HFLM
 
-        identity = {} if rendering.model_identity is None else {"model_identity": rendering.model_identity}
-        pinned = {
-            "reasoning_effort": rendering.reasoning_effort,
-            "strftime_now": lambda _: rendering.conversation_date,  # the same pinned date as in data.harmony
-            **identity,
-        }
+        class Rendered(HFLM):
+            """The harness asks this method, which is part of its interface for models, for the text of a chat."""
+
+            def apply_chat_template(
+                self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+            ) -> str:
+                """Render as in training. Without `add_generation_prompt`, the model continues the last message."""
+                messages: Any = chat_history
+                *before, last = messages
+                if add_generation_prompt:
+                    return render_prompt(Conversation(messages), rendering)
+                return f"{render_prompt(Conversation(before), rendering)}{_ANSWER}{last['content']}"
+
         tokenizer = rendering.tokenizer
-        harness_model = HFLM(
+        harness_model = Rendered(
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=self._settings.batch_size,
-            chat_template_args=pinned,
             think_end_token=tokenizer.convert_tokens_to_ids(_BEFORE_TEXT),
         )
         return self._figures(harness_model, None)

@@ -220,20 +220,39 @@ def test_a_command_that_gives_a_recipe_of_a_further_directory_names_the_director
     assert needed(built[-1]) == f"python -m pipeline --config-dir {tmp_path}/mine stage=sft recipe=mine run_dir=r"
 
 
-def test_a_relative_path_is_refused_from_another_directory_with_the_command_that_works(
+def test_a_recorded_relative_path_names_the_same_file_from_another_directory(
     built: list[PipelineConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("chats.jsonl").touch()
-    assert run_program("stage=upcast", RUN, "recipe=smoke", "data.path=chats.jsonl") == 0
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    message = error_of(capsys, "stage=export", "run_dir=../r")
-    assert message == (
-        f"run_dir=../r: its setting data.path=chats.jsonl is a path relative to {tmp_path}. Run the command there: cd"
-        f" {tmp_path} && python -m pipeline stage=export run_dir={tmp_path}/r. Or give data.path= with an absolute"
-        " path."
+    assert run_program("stage=upcast", RUN, "recipe=smoke", "data.path=chats.jsonl", "model.path=openai/gpt") == 0
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    Path("chats.jsonl").write_text("another file")
+    Path("validation.jsonl").touch()
+    capsys.readouterr()
+    assert run_program("stage=export", "run_dir=../r", "data.validation.path=validation.jsonl") == 0
+    assert f"data.path={tmp_path}/chats.jsonl model.path=openai/gpt (paths of data.path start at {tmp_path});" in (
+        capsys.readouterr().err
     )
-    assert run_program("stage=export", "run_dir=../r", f"data.path={tmp_path}/chats.jsonl") == 0
+    assert built[-1].data.path == f"{tmp_path}/chats.jsonl"
+    assert built[-1].model.path == "openai/gpt"
+    monkeypatch.chdir(tmp_path)
+    assert run_program("stage=export", RUN) == 0
+    assert built[-1].data.path == f"{tmp_path}/chats.jsonl"
+    assert built[-1].data.validation.path == f"{elsewhere}/validation.jsonl"
+
+
+def test_a_recorded_relative_path_stays_if_the_run_was_moved_with_its_files(
+    built: list[PipelineConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "first").mkdir()
+    monkeypatch.chdir(tmp_path / "first")
+    Path("chats.jsonl").touch()
+    assert run_program("stage=upcast", RUN, "recipe=smoke", "data.path=chats.jsonl") == 0
+    Path.cwd().rename(tmp_path / "second")
+    monkeypatch.chdir(tmp_path / "second")
+    assert run_program("stage=sft", RUN) == 0
+    assert built[-1].data.path == "chats.jsonl"
 
 
 # --- wrong records ---------------------------------------------------------------------------------------------------
