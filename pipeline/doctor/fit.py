@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pipeline.config import Stage
 from pipeline.doctor import remedies
 from pipeline.doctor.facts import Facts
-from pipeline.doctor.needs import ControlFigures
+from pipeline.doctor.needs import ControlFigures, NeedFigures
 from pipeline.errors import UserError
 from pipeline.runs import controls
 from pipeline.runs.console import warn
@@ -121,12 +121,17 @@ def host_needed(facts: Facts) -> int:
     The main process loads the whole model to quantize, evaluate and verify it. Training streams the weights to the
     GPUs. Without a GPU, training takes place in host memory.
     """
-    whole = max(needed["weights"] for needed in facts.needs["device_bytes"].values())
+    whole = largest_model(facts.needs)
     if facts.machine["gpus"]:
         return whole
     training = max((device_needed(facts, stage) for stage in facts.needs["device_bytes"]), default=0)
     training = max(training, *(control["device_bytes"] for control in controls_of(facts).values()), 0)
     return max(whole, facts.machine["local_processes"] * training)
+
+
+def largest_model(needs: NeedFigures) -> int:
+    """Return the bytes of the weights of the largest model that a process loads whole."""
+    return max(needed["weights"] for needed in needs["device_bytes"].values())
 
 
 def _devices(facts: Facts) -> list[Shortage]:
