@@ -1,19 +1,15 @@
-"""Writes the tables and the plots of docs/rounding.md from the results file.
+"""Writes the tables and the plots of docs/rounding.md from the results file."""
 
-The text between the tables is written by hand.
-"""
-
-import re
+from functools import partial
 from pathlib import Path
 
 from scripts.rounding_study import plots
 from scripts.rounding_study.figures import Results
 from scripts.rounding_study.tables import TABLES
+from scripts.written_tables import replaced
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "rounding.md"
-_END = "<!-- End of the written table. -->"
-_TABLE = re.compile(rf"(<!-- Written by scripts/study_rounding: (.*?)\. -->\n).*?{_END}", re.DOTALL)
 
 
 def text(results: Path, page: Path = PAGE) -> str:
@@ -23,11 +19,7 @@ def text(results: Path, page: Path = PAGE) -> str:
         ValueError: the page lacks a table, or names a table that does not exist.
     """
     found = Results.read(results)
-    before = page.read_text(encoding="utf-8")
-    named = [match[2] for match in _TABLE.finditer(before)]
-    if sorted(named) != sorted(TABLES):
-        raise ValueError(f"{page} must have each of these tables once: {', '.join(TABLES)}")
-    return _TABLE.sub(lambda match: f"{match[1]}\n{TABLES[match[2]](found)}\n{_END}", before)
+    return replaced(page, "scripts/study_rounding", {name: partial(make, found) for name, make in TABLES.items()})
 
 
 def write(results: Path, page: Path = PAGE) -> None:

@@ -114,13 +114,14 @@ def _shorten(value: float | None) -> float | None:
 
 def _environment() -> dict[str, str]:
     return {
-        "processor": _processor(),
+        "processor": describe_processor(),
         "python": platform.python_version(),
         **{name: version(name) for name in _LIBRARIES},
     }
 
 
-def _processor() -> str:
+def describe_processor() -> str:
+    """Return the name of the processor."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,0 +1,102 @@
+"""The results file docs/demo.json: the figures of each case and seed, and the environment that they come from."""
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from scripts.demo_study.runs import CASES, SEEDED
+from scripts.rounding_study.record import describe_processor
+from scripts.rounding_study.statistics import Estimate, estimate
+
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "nvidia-modelopt")
+
+
+@dataclass(frozen=True)
+class Results:
+    """All figures of the study.
+
+    Attributes:
+        record: contents of the results file.
+    """
+
+    record: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        """Read the results file. A missing file has no results."""
+        if not path.is_file():
+            return cls({"environment": {}, "cases": {}})
+        return cls(json.loads(path.read_text(encoding="utf-8")))
+
+    def seeds(self, case: str) -> dict[str, Any]:
+        """Return the figures of a case: seed -> figures."""
+        found: dict[str, Any] = self.record["cases"].get(case, {})
+        return found
+
+    def models(self, case: str) -> list[str]:
+        """Return the models of a case in the order of its report. Every seed has the same models."""
+        return list(next(iter(self.seeds(case).values()))["models"])
+
+    def mean(self, case: str, model: str, figure: str) -> Estimate | None:
+        """Estimate a model's figure over the seeds. Return None if the model has no such figure."""
+        found = [each["models"][model].get(figure) for each in self.seeds(case).values()]
+        return None if None in found else estimate([float(value) for value in found])
+
+    def difference(self, case: str, model: str, reference: str, figure: str) -> Estimate:
+        """Estimate the difference of two models' figures. The pairs have the same seed."""
+        seeds = [each["models"] for each in self.seeds(case).values()]
+        return estimate([each[model][figure] - each[reference][figure] for each in seeds])
+
+    def digest(self) -> str:
+        """Return a digest of all figures."""
+        return hashlib.sha256(json.dumps(self.record["cases"], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def store(directory: Path, case: str, seed: int, figures: dict[str, Any]) -> None:
+    """Store the figures of a run beside it."""
+    _write(directory / case / f"seed{seed}.json", figures)
+
+
+def collect(directory: Path, path: Path) -> None:
+    """Write all stored figures into the results file, with those that it has."""
+    cases = Results.read(path).record["cases"]
+    for case in CASES:
+        for file in (directory / case.name).glob("seed*.json"):
+            figures = json.loads(file.read_text(encoding="utf-8"))
+            cases.setdefault(case.name, {})[file.stem.removeprefix("seed")] = figures
+    ordered = {
+        case.name: {seed: cases[case.name][seed] for seed in sorted(cases[case.name], key=int)}
+        for case in CASES
+        if case.name in cases
+    }
+    _write(path, {"environment": _environment(), "seeded": list(SEEDED), "cases": ordered})
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(_format(record) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "processor": describe_processor(),
+        "threads": "1",
+        "python": platform.python_version(),
+        **{name: version(name) for name in _LIBRARIES},
+    }
+
+
+def _format(value: Any, indent: str = "") -> str:
+    """Return JSON with one line for each model, so that a change of the file can be read."""
+    inner = indent + " "
+    if isinstance(value, dict) and any(isinstance(each, dict | list) for each in value.values()):
+        lines = [f"{inner}{json.dumps(key)}: {_format(each, inner)}" for key, each in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        return "[\n" + ",\n".join(f"{inner}{json.dumps(each)}" for each in value) + f"\n{indent}]"
+    return json.dumps(value)

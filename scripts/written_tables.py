@@ -1,0 +1,29 @@
+"""Replaces the tables that a script writes into a page. The text between the tables is written by hand."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+END = "<!-- End of the written table. -->"
+
+
+def replaced(page: Path, script: str, make: Mapping[str, Callable[[], str]], *, needs_all: bool = True) -> str:
+    """Return the text of a page with new tables.
+
+    A table stands between `<!-- Written by <script>: <name>. -->` and `END`.
+
+    Args:
+        page: the page.
+        script: name of the script.
+        make: name of a table -> function that makes it.
+        needs_all: require each table once. Otherwise the page may have some of them.
+
+    Raises:
+        ValueError: the page lacks a table, has it twice, or names a table that does not exist.
+    """
+    table = re.compile(rf"(<!-- Written by {re.escape(script)}: (.*?)\. -->\n).*?{END}", re.DOTALL)
+    before = page.read_text(encoding="utf-8")
+    named = [match[2] for match in table.finditer(before)]
+    if not set(named) <= set(make) or (needs_all and sorted(named) != sorted(make)):
+        raise ValueError(f"{page} must have each of these tables once: {', '.join(make)}")
+    return table.sub(lambda match: f"{match[1]}\n{make[match[2]]()}\n{END}", before)
