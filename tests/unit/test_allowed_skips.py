@@ -24,13 +24,23 @@ pytest.importorskip("no_such_package")
 HOOKS = (Path(__file__).parents[1] / "allowed_skips.py").read_text(encoding="utf-8")
 
 
+WITHOUT = ("-p", "no:cacheprovider", "-p", "no:unraisableexception")
+"""Options of the inner runs. The second plugin would collect the garbage of this whole process five times."""
+
+
+@pytest.fixture(autouse=True)
+def no_other_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the inner runs and their workers import no plugins of libraries. Options name the plugins that they need."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+
+
 def outcome(pytester: pytest.Pytester, test_file: str, *options: str) -> pytest.RunResult:
     pytester.makeconftest(HOOKS)
     pytester.makepyfile(test_file)
-    return pytester.runpytest_inprocess("-p", "no:cacheprovider", *options)
+    return pytester.runpytest_inprocess(*WITHOUT, *options)
 
 
-@pytest.mark.parametrize("options", [(), ("-n1",)], ids=["alone", "xdist"])
+@pytest.mark.parametrize("options", [(), ("-p", "xdist", "-n1")], ids=["alone", "xdist"])
 def test_a_skip_for_another_reason_fails_the_run(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
@@ -41,7 +51,7 @@ def test_a_skip_for_another_reason_fails_the_run(
     result.stdout.fnmatch_lines(["*skips that CI does not allow*", "*.py:*: lm-eval is not installed"])
 
 
-@pytest.mark.parametrize("options", [(), ("-n1",)], ids=["alone", "xdist"])
+@pytest.mark.parametrize("options", [(), ("-p", "xdist", "-n1")], ids=["alone", "xdist"])
 def test_a_skipped_file_fails_the_run(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:

@@ -2,24 +2,18 @@
 
 import asyncio
 import json
-import logging
-import os
-import random
-import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 import yaml
-from conftest import linked, run_program
+from conftest import run_program
 
 import pipeline
-from pipeline import Artifact, CheckFailed, UserError, run
+from pipeline import Artifact, UserError, run
 from pipeline.runs import commands, interruptions
 from tests.unit.config.composing import write_recipe
 
@@ -163,50 +157,6 @@ def test_an_interrupted_call_says_what_is_kept_and_how_to_go_on(
         f" python -m pipeline stage=upcast run_dir={tmp_path}"
     )
     assert interruptions.message("interrupted") == ("interrupted. To go on: the same command, without overwrite=true")
-
-
-def test_a_wrong_export_is_a_failed_check(smoke_run: Path, tmp_path: Path) -> None:
-    own = linked(tmp_path / "run", smoke_run, "source", "upcast", "sft", "quantize", "qat", "data")
-    overrides = ["data.max_samples=80", "verify.samples=2"]
-    export = run("export", recipe="smoke", run_dir=own, overrides=overrides)
-    (export.directory / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(CheckFailed, match="is not right"):
-        run("verify", recipe="smoke", run_dir=own, overrides=overrides)
-
-
-def process_state() -> dict[str, Any]:
-    """Return settings of the process that a program may rely on."""
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
-    libraries = (
-        torch.initial_seed(),
-        torch.get_rng_state().tolist(),
-        random.getstate(),
-        np.random.get_state()[1].tolist(),
-    )
-    return {
-        "environment": dict(os.environ),
-        "signals": handlers,
-        "logging": (logging.root.level, list(logging.root.handlers), logging.root.manager.disable),
-        "random": libraries,
-        "torch": (
-            torch.get_default_dtype(),
-            torch.get_num_threads(),
-            torch.is_grad_enabled(),
-            torch.are_deterministic_algorithms_enabled(),
-            torch.get_float32_matmul_precision(),
-        ),
-        "python": (list(sys.argv), os.getcwd(), sys.stdout, sys.stderr, sys.excepthook),
-    }
-
-
-def test_training_leaves_the_process_as_it_was(smoke_run: Path, tmp_path: Path) -> None:
-    """Libraries set variables when they are imported. `smoke_run` has imported them."""
-    own = linked(tmp_path / "run", smoke_run, "source", "upcast", "data")
-    overrides = ["data.max_samples=80", "sft.max_steps=1", "sft.eval_steps=1", "sft.save_steps=1"]
-    before = process_state()
-    run("sft", recipe="smoke", run_dir=own, overrides=overrides)
-    after = process_state()
-    assert {name: after[name] for name in after if after[name] != before[name]} == {}
 
 
 def test_a_program_that_uses_hydra_itself_keeps_its_state(tmp_path: Path) -> None:
