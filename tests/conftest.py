@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from allowed_skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401 - hooks
 from chat_server import Server
-from composing import composed_once
+from composing import composed_once, composed_quickly
 
 # More threads would slow down work on such small tensors. torch reads OMP_NUM_THREADS at import, so set it first.
 # Processes that tests start inherit the variable.
@@ -124,6 +124,13 @@ def outcomes(run_dir: Path) -> set[str]:
     """Return the statuses of the checks in a run's `verify` report. The optional check by engines is left out."""
     report = json.loads((run_dir / "verify" / "report.json").read_text(encoding="utf-8"))
     return {check["status"] for check in report["checks"] if check["title"] != "engines"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_composition() -> Iterator[None]:
+    """Calls of the library, and functions that compose a configuration, are as quick as `run_program`."""
+    with composed_quickly():
+        yield
 
 
 @pytest.fixture(scope="session")

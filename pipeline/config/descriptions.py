@@ -47,14 +47,20 @@ class Description:
     meaning: str
 
 
-def describe_settings(section: type = PipelineConfig, prefix: str = "") -> Iterator[Description]:
-    """Describe every setting of a section and of the sections in it, in the order of the source."""
+@cache
+def describe_settings() -> tuple[Description, ...]:
+    """Describe every setting, in the order of the source. The help asks for the descriptions once per section."""
+    return tuple(_described(PipelineConfig))
+
+
+def _described(section: type, prefix: str = "") -> Iterator[Description]:
+    """Describe the settings of a section and of the sections in it."""
     meanings, types, bounds = _meanings(section), types_of(section), bounds_of(section)
     composed = composed_defaults(section)
     for item in fields(section):
         key, kind = f"{prefix}{item.name}", types[item.name]
         if isinstance(kind, type) and is_dataclass(kind):
-            yield from describe_settings(kind, f"{key}.")
+            yield from _described(kind, f"{key}.")
             continue
         element = get_args(kind)[0] if get_origin(kind) is list else kind
         own = bounds[item.name]
@@ -63,7 +69,7 @@ def describe_settings(section: type = PipelineConfig, prefix: str = "") -> Itera
         choices = _choices(_without_null(element), own)
         yield Description(key, _type(kind), default, choices, limits, meanings[item.name])
         if isinstance(element, type) and is_dataclass(element):
-            yield from describe_settings(element, f"{key}[].")
+            yield from _described(element, f"{key}[].")
 
 
 @cache

@@ -44,22 +44,40 @@ def resolve(composed: DictConfig) -> PipelineConfig:
     unknown = [key for key in _leaf_keys(composed) if not is_known(key)]
     if unknown:
         raise user_errors([unknown_key(key, "configuration") for key in unknown])
+    typed = composed if OmegaConf.get_type(composed) is PipelineConfig else _typed(composed)
     try:
-        merged = schema()
-        merged.merge_with(composed)
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise user_errors([_missing_problem(key) for key in missing])
-        OmegaConf.resolve(merged)
-        config = OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise UserError(f"configuration: {key}{str(error).splitlines()[0]}") from error
+        raise _unreadable(typed, error) from error
     assert isinstance(config, PipelineConfig)
     found = problems(config)
     if found:
         raise user_errors(found)
     return config
+
+
+def _typed(composed: DictConfig) -> DictConfig:
+    """Return the configuration with the types of the schema. Hydra composes it with these types."""
+    typed = schema()
+    try:
+        typed.merge_with(composed)
+    except OmegaConfBaseException as error:
+        raise _wrong_value(error) from error
+    return typed
+
+
+def _unreadable(typed: DictConfig, error: OmegaConfBaseException) -> UserError:
+    """Return the error for a configuration that cannot be converted. If values are missing, it lists only these."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(typed))
+    except OmegaConfBaseException as first:
+        return _wrong_value(first)
+    return user_errors([_missing_problem(key) for key in missing]) if missing else _wrong_value(error)
+
+
+def _wrong_value(error: OmegaConfBaseException) -> UserError:
+    key = f"{error.full_key}: " if error.full_key else ""
+    return UserError(f"configuration: {key}{str(error).splitlines()[0]}")
 
 
 def problems(config: PipelineConfig) -> list[str]:

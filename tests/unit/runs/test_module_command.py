@@ -22,7 +22,8 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_module_of_the_program_runs() -> None:
-    assert gpus.free_bytes() == gpus.measure_free_bytes()
+    """The memory of GPUs is measured in a process of its own."""
+    assert gpus.free_bytes() == gpus.measure_free_bytes()  # [] on a machine without a GPU
 
 
 def test_a_module_gets_its_arguments_and_is_the_main_module(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
