@@ -1,7 +1,7 @@
 """Handmade runs with an evaluation. The right report of each run is known."""
 
 import json
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def answer(prompt: int, text: str | None, **facts: Any) -> Transcript:
     completion = f"<|channel|>final<|message|>{text}<|return|>"
     messages = [{"role": "user", "content": f"3 + 4? ({prompt})"}]
     usual = Transcript(f"p{prompt}", 0, messages, {"answer": RIGHT}, None, text, completion, "return", 4, None)
-    return Transcript(**{**asdict(usual), **facts})
+    return replace(usual, **facts)
 
 
 def run(
@@ -104,7 +104,7 @@ def run(
     for model, said in given.items():
         answers_of = evaluate / model.replace("/", "_")
         answers_of.mkdir(parents=True)
-        lines = [json.dumps(asdict(each)) + "\n" for each in said]
+        lines = [json.dumps(vars(each)) + "\n" for each in said]
         (answers_of / "generations.jsonl").write_text("".join(lines))
     parents = {model: named[model] for model in models} | ({"evaluate.prompts": "prompts"} if given else {})
     settings = {"data.path": "chats.jsonl", "evaluate.generate": bool(given), **facts.pop("settings", {})}
