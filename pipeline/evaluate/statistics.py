@@ -9,6 +9,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -174,10 +175,14 @@ def smallest_difference(differing: int, prompts: int, alpha: float = 0.05) -> fl
     """
     for count in range(differing, prompts + 1):
         # The p-value grows with the losses, so bisection finds the largest number of losses that is significant.
-        found = bisect_right(range(count // 2 + 1), alpha, key=lambda losses, of=count: mcnemar(of - losses, losses))
+        found = bisect_right(range(count // 2 + 1), alpha, key=partial(_p_value, count))
         if found:
             return (count - 2 * (found - 1)) / prompts
     return math.inf
+
+
+def _p_value(differing: int, losses: int) -> float:
+    return mcnemar(differing - losses, losses)
 
 
 def holm(p_values: Values) -> Values:
