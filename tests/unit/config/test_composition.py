@@ -26,6 +26,7 @@ from pipeline.config import (
     composition,
     rules,
 )
+from pipeline.errors import UserError
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -104,6 +105,19 @@ def test_every_choice_of_every_group_resolves() -> None:
     for i in range(max(map(len, by_group.values()))):
         one_of_each = [found[i % len(found)] for found in by_group.values()]
         resolved("stage=upcast", *one_of_each, SYNTHETIC_DATA)  # no rule concerns upcast
+
+
+def test_a_value_that_is_taken_away_is_missed() -> None:
+    with pytest.raises(UserError, match=r"^sft\.lora\.targets: is not set"):
+        resolved("recipe=smoke", "stage=sft", "sft.lora.targets=???")
+
+
+def test_a_configuration_without_types_gets_those_of_the_schema() -> None:
+    plain = OmegaConf.create(OmegaConf.to_container(composed("recipe=smoke", "stage=sft")))
+    assert rules.resolve(plain) == resolved("recipe=smoke", "stage=sft")
+    plain.sft.epochs = "many"
+    with pytest.raises(UserError, match=r"sft\.epochs: Value 'many'"):
+        rules.resolve(plain)
 
 
 def test_the_method_is_chosen_separately_for_each_stage() -> None:
