@@ -10,6 +10,7 @@ from pipeline.compare import content, page, runs
 from pipeline.compare.content import Content
 from pipeline.compare.decision import Outcome
 from pipeline.compare.exports import Verdict
+from pipeline.errors import UserError
 
 ALL, MOST = [True] * 400, [True] * 300 + [False] * 100
 LOSSES = {"sft": 2.0, "quantize": 2.2, "qat": 2.05, "export": 2.06}
@@ -219,10 +220,16 @@ def test_an_export_of_another_size_than_its_twin_is_joined_with_it_and_not_domin
     assert "Exported" not in chart.description.partition("Dominated")[2]
 
 
-@pytest.mark.parametrize("export", [{"scale_rule": "mse"}, {"format": "nvfp4"}, {"parents": {"model": "another"}}])
+@pytest.mark.parametrize("export", [{"scale_rule": "mse"}, {"format": "nvfp4"}])
 def test_an_export_with_other_values_is_no_twin(export: dict[str, object], tmp_path: Path) -> None:
     found = report(run_with_export(tmp_path / "run", **export))
     assert [row.twin for row in found.rows] == [None] * 4
+
+
+def test_an_export_of_an_earlier_model_is_refused(tmp_path: Path) -> None:
+    run_dir = run_with_export(tmp_path / "run", parents={"model": "another"})
+    with pytest.raises(UserError, match="run/export was made from an earlier qat, which was rebuilt later"):
+        report(run_dir)
 
 
 def test_the_report_has_no_local_path(tmp_path: Path) -> None:
