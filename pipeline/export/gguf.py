@@ -28,7 +28,7 @@ from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.dtypes import torch_dtype
 from pipeline.checkpoints.gpt_oss import other_tensors
 from pipeline.checkpoints.shards import Piece, Written, make_parts
-from pipeline.data.tokenizers import load_tokenizer
+from pipeline.data.tokenizers import O200K_WORDS, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.export.exporter import Exporter
 from pipeline.export.gguf_layout import (
@@ -56,16 +56,6 @@ if TYPE_CHECKING:
     from pipeline.export.gguf_layout import GGUFWriter, TensorNameMap
 
 FILE = "model.gguf"
-
-_O200K = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""Regular expression that splits text into words for the tokenizer o200k.
-
-It comes from OpenAI's tiktoken. llama.cpp calls it `gpt-4o`.
-"""
 
 
 @dataclass(frozen=True)
@@ -200,7 +190,7 @@ def _add_tokenizer(gguf: ModuleType, writer: "GGUFWriter", source: Path, rows: i
     """Add vocabulary, merges, special tokens and chat template. Embedding rows without a token get a placeholder."""
     tokenizer = load_tokenizer(source)
     pattern = re.findall(r'"Regex":\s*("(?:[^"\\]|\\.)*")', (source / "tokenizer.json").read_text(encoding="utf-8"))
-    if _O200K not in [json.loads(each) for each in pattern]:
+    if O200K_WORDS not in [json.loads(each) for each in pattern]:
         warn(
             "export",
             "the tokenizer splits text into words by its own pattern, but readers of GGUF files use the o200k pattern.",

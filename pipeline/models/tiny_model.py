@@ -1,4 +1,4 @@
-"""Make a tiny gpt-oss model, so that the program can be tried and tested without the internet.
+"""Make a random gpt-oss model, so that the program can be tried and tested without the internet.
 
 The weights are random, but the layout is the same as in the released models: sinks, sliding layers, YaRN, biases,
 untied embeddings, MXFP4 experts in several shards, and a Harmony tokenizer. As in the released models, experts are
@@ -7,8 +7,10 @@ stored only as blocks and scales, so their weights are MXFP4 values.
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -21,22 +23,38 @@ from pipeline.checkpoints.gpt_oss import (
     EMBEDDING,
     MODEL_TYPE,
     QUANTIZATION_CONFIG,
-    SPECIAL_TOKENS,
+    ExpertProjection,
     Shape,
     TensorInfo,
     expert_projections,
     other_tensors,
 )
-from pipeline.checkpoints.shards import Piece, piece_in_one_step, write_sharded
+from pipeline.checkpoints.shards import Part, Piece, Step, write_sharded
 from pipeline.config import TinyConfig
-from pipeline.data.synthetic import chat_template, tokenizer_corpus
-from pipeline.errors import UserError
+from pipeline.models import tiny_tokenizer
 from pipeline.numerics.codec import encode
 from pipeline.numerics.formats import MXFP4
 from pipeline.runs.artifacts import SHARDS_FILE
+from pipeline.runs.console import progress
 from pipeline.runs.durable import sync, sync_tree
 
-_RESERVED_ROWS = 16  # embedding rows that belong to no token; the released models have such rows too
+GPT_OSS_20B = TinyConfig(
+    num_hidden_layers=24,
+    hidden_size=2880,
+    intermediate_size=2880,
+    num_local_experts=32,
+    num_experts_per_tok=4,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    head_dim=64,
+    sliding_window=128,
+    vocab_size=201_088,
+    shard_bytes=5_000_000_000,
+)
+"""The exact sizes of gpt-oss-20b."""
+
+_GROUP = 16  # values that torch draws together
+_STEP_VALUES = 1 << 24
 _CONTEXT = 4096
 _ROPE_FACTOR = 32.0
 _ROPE_SCALING = {
@@ -49,85 +67,110 @@ _ROPE_SCALING = {
 }
 
 
-def create_tiny(directory: Path, tiny: TinyConfig) -> None:
+def create_tiny(directory: Path, tiny: TinyConfig, ranks: Path | None = None) -> None:
     """Write the checkpoint that `tiny` describes. The directory appears only when the checkpoint is complete.
 
+    The weights are made in steps, so memory does not depend on the size of the model.
+
+    Args:
+        directory: directory to make.
+        tiny: sizes and seed of the model.
+        ranks: file `o200k_base.tiktoken`, to write the released tokenizer. None: train a small tokenizer.
+
     Raises:
-        UserError: the vocabulary is too small for all bytes and special tokens.
+        UserError: the vocabulary is too small for the tokenizer.
     """
-    smallest = 256 + len(SPECIAL_TOKENS) + _RESERVED_ROWS
-    if tiny.vocab_size < smallest:
-        raise UserError(f"model.tiny.vocab_size={tiny.vocab_size}: must be at least {smallest}.")
     unfinished = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    ids = _write_tokenizer(unfinished, tiny)
+    ids = tiny_tokenizer.write(unfinished, tiny.vocab_size, ranks)
     config = _config(tiny, ids)
     _write(unfinished / CONFIG, config)
     _write(unfinished / "generation_config.json", _generation_config(ids))
-    write_sharded(unfinished, _pieces(tiny, config), tiny.shard_bytes, "tiny model")
+    write_sharded(unfinished, _pieces(tiny, config), tiny.shard_bytes, "random model")
     (unfinished / SHARDS_FILE).unlink()
     sync_tree(unfinished)
     unfinished.replace(directory)
     sync(directory.parent)
 
 
+@dataclass(frozen=True)
+class _Draw:
+    """Normally distributed values. `state` is the state of the random generator before the first value."""
+
+    shape: tuple[int, ...]
+    state: Tensor
+
+    def steps(self, convert: Callable[[Tensor], Iterable[Part]]) -> Iterator[Step]:
+        """Return steps that draw the values in parts, row by row, and convert each part."""
+        generator = torch.Generator()
+        generator.set_state(self.state)
+        for shape in _part_shapes(self.shape):
+            yield Step(partial(torch.randn, shape, generator=generator), convert)
+
+
+def _part_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Divide a tensor into parts of whole rows. Parts hold the values that one draw of the whole tensor would give.
+
+    torch fills a tensor of 16 or more values in groups of 16. So only parts of whole groups have these values.
+    """
+    rows, row = shape[0], prod(shape[1:])
+    if row % _GROUP:
+        return [shape]
+    count = max(1, _STEP_VALUES // row)
+    return [(min(count, rows - first), *shape[1:]) for first in range(0, rows, count)]
+
+
 def _pieces(tiny: TinyConfig, config: Mapping[str, object]) -> list[Piece]:
+    """Plan all tensors. They are written in the order of their names, but drawn in another order."""
     shape = Shape.of(config, CONFIG)
-    generator = torch.Generator().manual_seed(tiny.seed)
-    pieces = [_random_piece(name, info, generator) for name, info in other_tensors(shape).items()]
-    for projection in expert_projections(shape):
-        plain = torch.randn(
-            projection.experts, projection.out_features, projection.in_features, generator=generator
-        ) * (projection.in_features**-0.5)
-        blocks, scales = encode(plain.bfloat16(), MXFP4)
-        made = {projection.blocks: blocks, projection.scales: scales}
-        pieces.append(piece_in_one_step(projection.packed_tensors(), lambda made=made: made))  # type: ignore[misc]
+    others, stacks = other_tensors(shape), expert_projections(shape)
+    stack_shapes = [(stack.experts, stack.out_features, stack.in_features) for stack in stacks]
+    draws = _draws([*(info.shape for info in others.values()), *stack_shapes], tiny.seed)
+    pieces = [_random_piece(name, info, next(draws)) for name, info in others.items()]
+    pieces += [_expert_piece(stack, next(draws)) for stack in stacks]
     return sorted(pieces, key=lambda piece: next(iter(piece.tensors)))
 
 
-def _random_piece(name: str, info: TensorInfo, generator: torch.Generator) -> Piece:
-    tensor = torch.randn(info.shape, generator=generator)
+def _draws(shapes: Sequence[tuple[int, ...]], seed: int) -> Iterator[_Draw]:
+    """Yield the draws of tensors that one generator fills, one tensor after the other.
+
+    A draw begins with the state after the draws before it. The state is known only when these values have been drawn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with progress(total=sum(map(prod, shapes)), what="random numbers", unit="") as bar:
+        for shape in shapes:
+            yield _Draw(shape, generator.get_state())
+            for part in _part_shapes(shape):
+                torch.randn(part, generator=generator)
+                bar.update(prod(part))
+
+
+def _expert_piece(stack: ExpertProjection, draw: _Draw) -> Piece:
+    def steps() -> Iterator[Step]:
+        all_scales: list[Tensor] = []
+
+        def convert(values: Tensor) -> Iterator[Part]:
+            blocks, scales = encode((values * stack.in_features**-0.5).bfloat16(), MXFP4)
+            all_scales.append(scales)
+            yield stack.blocks, blocks
+
+        yield from draw.steps(convert)
+        yield Step(lambda: None, lambda _: [(stack.scales, torch.cat(all_scales))])
+
+    return Piece(stack.packed_tensors(), steps)
+
+
+def _random_piece(name: str, info: TensorInfo, draw: _Draw) -> Piece:
+    return Piece({name: info}, lambda: draw.steps(lambda values: [(name, _scaled(name, values, info).bfloat16())]))
+
+
+def _scaled(name: str, values: Tensor, info: TensorInfo) -> Tensor:
     if name.endswith("norm.weight"):
-        tensor = 1 + 0.05 * tensor
-    elif name.endswith(("bias", "sinks")):
-        tensor = 0.1 * tensor
-    elif name == EMBEDDING:
-        tensor = 0.5 * tensor
-    else:
-        tensor = tensor * info.shape[-1] ** -0.5
-    made: dict[str, Tensor] = {name: tensor.bfloat16()}
-    return piece_in_one_step({name: info}, lambda: made)
-
-
-def _write_tokenizer(directory: Path, tiny: TinyConfig) -> dict[str, int]:
-    """Train byte-level BPE on the synthetic data, and add the Harmony special tokens. Return their ids."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(Regex(r"\s?\p{L}+|\p{N}{1,3}|\s?[^\s\p{L}\p{N}]+|\s+"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=tiny.vocab_size - len(SPECIAL_TOKENS) - _RESERVED_ROWS,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(tokenizer_corpus(), trainer)
-    tokenizer.add_special_tokens([SPECIAL_TOKENS[i] for i in sorted(SPECIAL_TOKENS)])
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|startoftext|>",
-        eos_token="<|return|>",
-        pad_token="<|endoftext|>",
-        model_max_length=_CONTEXT * int(_ROPE_FACTOR),
-    )
-    wrapped.chat_template = chat_template()
-    wrapped.save_pretrained(directory)
-    return {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS.values()}
+        return 1 + 0.05 * values
+    if name.endswith(("bias", "sinks")):
+        return 0.1 * values
+    return values * (0.5 if name == EMBEDDING else info.shape[-1] ** -0.5)
 
 
 def _config(tiny: TinyConfig, ids: dict[str, int]) -> dict[str, object]:
@@ -145,7 +188,7 @@ def _config(tiny: TinyConfig, ids: dict[str, int]) -> dict[str, object]:
         "initializer_range": 0.02,
         "intermediate_size": tiny.intermediate_size,
         "layer_types": [ATTENTION_TYPES[layer % 2] for layer in range(tiny.num_hidden_layers)],
-        "max_position_embeddings": _CONTEXT * int(_ROPE_FACTOR),
+        "max_position_embeddings": tiny_tokenizer.CONTEXT,
         "model_type": MODEL_TYPE,
         "num_attention_heads": tiny.num_attention_heads,
         "num_experts_per_tok": tiny.num_experts_per_tok,

@@ -11,16 +11,14 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
-from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
 from pipeline.config import TinyConfig
-from pipeline.data import synthetic
 from pipeline.data.harmony import Rendering
 from pipeline.data.parsing import parse_conversation
 from pipeline.doctor import parity
 from pipeline.doctor.rows import Row
-from pipeline.models import tiny_model
+from pipeline.models import tiny_model, tiny_tokenizer
 
 RANKS = "o200k_base.tiktoken"
 QUESTION = {"role": "user", "content": "What is 2 + 3?"}
@@ -83,16 +81,8 @@ def released() -> Iterator[Any]:
     if not ranks.is_file():
         pytest.skip(f"needs shared test data: {RANKS}, in the folder that TIKTOKEN_ENCODINGS_BASE names")
     import openai_harmony
-    from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    lower, upper = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-    before, after = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    words = [f"{before}{upper}*{lower}+{after}", f"{before}{upper}+{lower}*{after}"]
-    others = [r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"]
-    special = [SPECIAL_TOKENS[i] for i in sorted(SPECIAL_TOKENS)]
-    converter = TikTokenConverter(str(ranks), pattern="|".join([*words, *others]), extra_special_tokens=special)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=converter.converted())
-    tokenizer.chat_template = synthetic.chat_template()
+    tokenizer = tiny_tokenizer.released(ranks)
     with patch.object(openai_harmony, "load_harmony_encoding", cache(openai_harmony.load_harmony_encoding)):
         yield tokenizer
 
