@@ -205,6 +205,7 @@ def _config(tiny: TinyConfig, ids: dict[str, int]) -> dict[str, object]:
         "sliding_window": tiny.sliding_window,
         "swiglu_limit": 7.0,
         "tie_word_embeddings": False,
+        "transformers_version": "4.55.0.dev0",
         "use_cache": True,
         "vocab_size": tiny.vocab_size,
     }

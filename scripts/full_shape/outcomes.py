@@ -11,6 +11,7 @@ _KEPT = {
     "quantize": ("method", "quantizers"),
     "export": ("target", "tensor_bytes", "copied_tensors", "encoded_tensors", "changed_codes", "other_than_trained"),
 }
+_TOO_LARGE = "the run does not fit"  # in a finding of doctor
 _KEPT["qat"] = (*_KEPT["sft"], "quantizers")
 
 
@@ -44,5 +45,5 @@ def _doctor(details: dict[str, Any]) -> dict[str, Any]:
         "predicted_bytes": {stage: found["bytes"] for stage, found in needs["devices"].items()},
         "estimated_because": {stage: found["estimated_because"] for stage, found in needs["devices"].items()},
         "host_free_bytes": details["machine"]["host_free_bytes"],
-        "findings": len(details["findings"]),
+        "fits": not any(_TOO_LARGE in finding for finding in details["findings"]),
     }

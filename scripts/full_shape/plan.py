@@ -78,7 +78,7 @@ RUNS = (
     RunPlan(
         "bf16_parts",
         "packed experts, every tensor that MXFP4 keeps in BF16",
-        ("train@sft=bf16_parts", "train@qat=bf16_parts", *_trained("sft", "optimizer=adamw_torch_4bit")),
+        ("train@sft=bf16_parts", "train@qat=bf16_parts", *_trained("sft", "optimizer=sgd", "learning_rate=1.0")),
         ("doctor", "upcast", "sft", "export", "verify"),
     ),
 )

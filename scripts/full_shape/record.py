@@ -5,12 +5,16 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from scripts.full_shape import outcomes, processes
 from scripts.full_shape.plan import BASE, RUNS, RunPlan, Step, steps_of
+from scripts.full_shape.processes import Ended
+
+Start = Callable[[tuple[str, ...], Path, Path], Ended]
+"""Function that runs a command, as `processes.run` does."""
 
 
 class StepFailed(Exception):
@@ -26,10 +30,22 @@ class Demonstration:
         results: results file.
         make_base: arguments of Python that make the checkpoint.
         root: root of the repository.
+        start: runs a step.
+
+    Raises:
+        ValueError: the results file has another shape's results.
     """
 
-    def __init__(self, shape: str, directory: Path, results: Path, make_base: tuple[str, ...], root: Path) -> None:
-        self._directory, self._results, self._root = directory, results, root
+    def __init__(
+        self,
+        shape: str,
+        directory: Path,
+        results: Path,
+        make_base: tuple[str, ...],
+        root: Path,
+        start: Start = processes.run,
+    ) -> None:
+        self._directory, self._results, self._root, self._start = directory, results, root, start
         self._base = Step(BASE, "make", make_base)
         self._record: dict[str, Any] = {"shape": shape, "environment": {}, "steps": {}}
         if results.is_file():
@@ -68,7 +84,7 @@ class Demonstration:
         self._store(step, attempts)  # an attempt that is killed together with this script counts as well
         print(f"{step.name} ...", flush=True)
         log = self._directory / f"{step.run}-{step.stage}.log"
-        ended = processes.run(step.command, self._root, log)
+        ended = self._start(step.command, self._root, log)
         found = {
             **attempts,
             "status": ended.status,
