@@ -54,16 +54,18 @@ class Demonstration:
                 raise ValueError(f"{results}: has the results of --shape {self._record['shape']}")
 
     def run(self, names: list[str]) -> None:
-        """Run all steps of the named runs that have no result. Remove the files of a run when it is complete.
+        """Make the checkpoint, and run all steps of the named runs that have no result.
+
+        The files of a run are removed when the run is complete.
 
         Raises:
             StepFailed: a step failed. The next call repeats it.
         """
         self._directory.mkdir(parents=True, exist_ok=True)
+        if not (self._directory / BASE).is_dir():
+            self._take(self._base, self._directory / BASE)
         for run in RUNS:
             if run.name in names and not self._is_complete(run):
-                if not (self._directory / BASE).is_dir():
-                    self._take(self._base, self._directory / BASE)
                 for step in steps_of(run, self._directory):
                     if not self._is_done(step):
                         self._take(step, self._directory / run.name / step.stage)
