@@ -23,6 +23,7 @@ def output(script: str, *arguments: str) -> str:
         "bench_conversions",
         "bench_packed",
         "bench_training",
+        "demo_full_shape",
         "engine_matrix",
         "gpu_check",
         "measure_scorers",
