@@ -41,6 +41,7 @@ def estimate(
     is_quantized: bool,
     is_cast: bool,
     is_packed: bool = False,
+    on_gpu: bool = True,
 ) -> int:
     """Estimate the peak bytes of the activations.
 
@@ -59,6 +60,7 @@ def estimate(
         is_cast: whether autocast casts FP32 weights. Then layers make BF16 copies of their weights, and attention
             scores are FP32. False if parameters are gathered, because sharding casts them before that.
         is_packed: whether the experts stay packed.
+        on_gpu: whether the device is a GPU.
     """
     places = train.batch_size * tokens
     width = compute_width(train)
@@ -66,12 +68,12 @@ def estimate(
     vectors = width * places * _vector_values(shape, experts_per_token)
     scores = (
         (_FP32_BYTES if is_cast else width)
-        * (attention.for_training(train, _capability()) == attention.EAGER)
+        * (attention.for_training(train, _capability() if on_gpu else None) == attention.EAGER)
         * shape.num_attention_heads
         * tokens
         * places
     )
-    stacks = _decoded_bytes(shape, width) if is_packed else _stack_bytes(shape, train, is_quantized, is_cast)
+    stacks = _decoded_bytes(shape, width, on_gpu) if is_packed else _stack_bytes(shape, train, is_quantized, is_cast)
     busiest = vectors + max(scores * _SCORE_COPIES, stacks.working)
     head = shape.vocab_size * hidden * _FP32_BYTES if train.method is not Method.lora else 0
     if train.gradient_checkpointing:
@@ -119,12 +121,13 @@ def _stack_bytes(shape: Shape, train: TrainConfig, is_quantized: bool, is_cast: 
     return _Stacks(kept, kept + max(gradients, delta))
 
 
-def _decoded_bytes(shape: Shape, width: int) -> _Stacks:
+def _decoded_bytes(shape: Shape, width: int, on_gpu: bool) -> _Stacks:
     """Estimate the decoded weights of packed experts. The backward pass holds both projections in decoded form."""
     from pipeline.models.packed_passes import DECODED_BYTES
 
     sizes = [projection.values * width for projection in expert_projections(shape) if projection.layer == 0]
-    return _Stacks(0, int(sum(sizes) * min(1, DECODED_BYTES["cuda"] / max(sizes))))
+    at_once = max(DECODED_BYTES["cuda" if on_gpu else "cpu"], max(sizes) // shape.num_local_experts)
+    return _Stacks(0, int(sum(sizes) * min(1, at_once / max(sizes))))
 
 
 def gathered_bytes(shape: Shape, train: TrainConfig, weights: int) -> int:

@@ -97,9 +97,10 @@ def _job(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, process
         train=train,
         tokens=tokens,
         block_format=plan.block_format if is_quantized else None,
-        cache_bytes=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding, on_gpu=True),
+        cache_bytes=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding, on_gpu=plan.on_gpu),
         sharding=plan.sharding,
         processes=processes,
         is_packed=plan.is_packed(stage, model),
         has_own_base=plan.rounds_base,
+        on_gpu=plan.on_gpu,
     )

@@ -59,6 +59,7 @@ class Job:
         processes: number of processes. One of them is measured.
         is_packed: whether the experts stay packed.
         has_own_base: whether QAT has another base than SFT. A teacher is then a second model.
+        on_gpu: whether the run trains on a GPU. Otherwise the fake GPU stands for the host.
     """
 
     model: dict[str, Any]
@@ -71,6 +72,7 @@ class Job:
     processes: int
     is_packed: bool = False
     has_own_base: bool = False
+    on_gpu: bool = True
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def measure(job: Job, size: Size) -> dict[str, int]:
     memory = LiveMemory()
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        kernels = (_fake_kernels(), low_bit_adam.fake_update(job.train.optimizer))
+        kernels = (_fake_kernels(job.on_gpu), low_bit_adam.fake_update(job.train.optimizer))
         for context in (fake_gpu.pretend_cuda(), _processes(job.processes), _mesh(job), *kernels):
             stack.enter_context(context)
         fake = _FakeMode(allow_non_fake_inputs=True)
@@ -189,7 +191,7 @@ def _make_plain(job: Job, size: Size) -> "PreTrainedModel":
         model = AutoModelForCausalLM.from_config(
             GptOssConfig(**known),
             dtype=dtype,
-            attn_implementation=attention.for_training(job.train, attention.capability()),
+            attn_implementation=attention.for_training(job.train, attention.capability() if job.on_gpu else None),
         )
         if job.is_packed:
             computes_in = torch.bfloat16 if job.train.precision is Precision.mixed_bf16 else dtype
@@ -331,8 +333,9 @@ def _mesh(job: Job) -> Iterator[None]:
 
 
 @contextmanager
-def _fake_kernels() -> Iterator[None]:
+def _fake_kernels(on_gpu: bool) -> Iterator[None]:
     """Replace kernels that run outside of torch. The replacements allocate memory but compute nothing."""
+    from pipeline.models.packed_passes import DECODED_BYTES
     from pipeline.training import trainer
 
     with (
@@ -342,6 +345,7 @@ def _fake_kernels() -> Iterator[None]:
         patch("pipeline.numerics.low_rank._for_each_expert", lambda _, base, *__: torch.empty_like(base)),
         patch("pipeline.models.packed_experts.decode", lambda *_, out: out),
         patch("pipeline.numerics.packed_rounding.round_packed", _allocate_merged),
+        patch.dict(DECODED_BYTES, {} if on_gpu else {"cuda": DECODED_BYTES["cpu"]}),
     ):
         yield
 

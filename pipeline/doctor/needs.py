@@ -184,6 +184,7 @@ def memory(
     gathers: bool = False,
     is_packed: bool = False,
     has_own_base: bool = False,
+    on_gpu: bool = True,
 ) -> Memory:
     """Compute the bytes that one device holds while it trains.
 
@@ -196,6 +197,7 @@ def memory(
         gathers: whether parameters are sharded. Sharded parameters are gathered while they are used.
         is_packed: whether the experts stay packed.
         has_own_base: whether the teacher cannot use the base of the model in training.
+        on_gpu: whether the device is a GPU. Otherwise it is the host.
     """
     every, trained = _count(plain_tensors(shape)), trained_parameters(shape, train)
     width, is_adapted = bytes_per_value(TRAIN_TYPES[train.precision]), train.method is Method.lora
@@ -213,6 +215,7 @@ def memory(
             is_quantized=is_quantized,
             is_cast=train.precision is Precision.mixed_bf16 and not gathers,
             is_packed=is_packed,
+            on_gpu=on_gpu,
         ),
         rounded=int(min(rounded_budget, changing * (_PACKED_BYTES if is_packed else activations.compute_width(train)))),
         gathered=activations.gathered_bytes(shape, train, model) if gathers else 0,
@@ -269,9 +272,8 @@ def disk(plan: Plan, shape: Shape, is_mxfp4: bool) -> dict[str, int]:
     starts_packed = plan.starts_packed(is_mxfp4=is_mxfp4)
     upcast = packed_tensors(shape) if starts_packed else plain_tensors(shape)
     has_sft = plan.quantize.source is QuantizeSource.sft
-    has_qat = Stage.qat.name in plan.trainings
     sft = saved_bytes(shape, plan.sft) if has_sft else 0
-    qat = saved_bytes(shape, plan.qat) if has_qat else 0
+    qat = saved_bytes(shape, plan.qat) if Stage.qat.name in plan.trainings else 0
     is_adapted = has_sft and plan.sft.method is Method.lora
     merges_adapters = is_adapted and plan.qat.method is not Method.lora
     adds_adapters = not is_adapted and plan.qat.method is Method.lora
@@ -373,10 +375,11 @@ def of_stage(plan: Plan, stage: str, model: Mapping[str, Any], longest: int) -> 
         tokens=tokens,
         experts_per_token=int(model["num_experts_per_tok"]),
         is_quantized=stage == Stage.qat.name,
-        rounded_budget=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding, on_gpu=True),
+        rounded_budget=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding, on_gpu=plan.on_gpu),
         gathers=STRATEGIES[plan.sharding].gathers,
         is_packed=plan.is_packed(stage, model),
         has_own_base=plan.rounds_base,
+        on_gpu=plan.on_gpu,
     )
 
 

@@ -37,6 +37,7 @@ class Plan:
         target: name of the export target in TARGETS.
         format, quantize: sections of the configuration.
         experts: value of upcast.experts.
+        on_gpu: whether the processes train on GPUs.
     """
 
     model_path: str
@@ -48,6 +49,7 @@ class Plan:
     format: FormatConfig = field(default_factory=FormatConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     experts: Experts | None = None
+    on_gpu: bool = True
 
     @classmethod
     def of(cls, config: PipelineConfig) -> "Plan":

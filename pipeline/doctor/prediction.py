@@ -1,6 +1,7 @@
 """Predict what a run with its controls needs: memory of each device, and space on disk."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pipeline.checkpoints.config_json import is_quantized
@@ -12,7 +13,13 @@ from pipeline.doctor.plan import Plan
 
 
 def needs_of(
-    config: PipelineConfig, model: Mapping[str, Any], longest: int, processes: int, *, is_measured: bool = True
+    config: PipelineConfig,
+    model: Mapping[str, Any],
+    longest: int,
+    processes: int,
+    *,
+    is_measured: bool = True,
+    on_gpu: bool = True,
 ) -> NeedFigures:
     """Compute the needs of a run.
 
@@ -22,13 +29,16 @@ def needs_of(
         longest: number of tokens of the longest example, before truncation.
         processes: number of processes that train together.
         is_measured: whether to measure the memory with fake tensors where possible. False: only estimate it.
+        on_gpu: whether the processes train on GPUs.
     """
-    plan, kept = Plan.of(config), min(longest, config.data.max_length)
+    plan, kept = replace(Plan.of(config), on_gpu=on_gpu), min(longest, config.data.max_length)
     devices = device_memory.figures(plan, model, kept, processes, is_measured=is_measured)
     needed = needs.figures(plan, model, kept, devices)
     if config.controls:
         needed["controls"] = {
-            control.name: controls.figures(Plan.of(control.config), control.stages, model, kept, processes)
+            control.name: controls.figures(
+                replace(Plan.of(control.config), on_gpu=on_gpu), control.stages, model, kept, processes
+            )
             for control in _controls(config, plan, is_mxfp4=is_quantized(model))
         }
     return needed

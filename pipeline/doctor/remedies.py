@@ -46,7 +46,8 @@ def predict(facts: Facts, changes: Sequence[Change], *, is_measured: bool) -> Fa
     """Return the facts of the run with these changes. `is_measured`: as for `prediction.needs_of`."""
     config = _applied(facts.run.config, changes)
     longest = facts.data["lengths"]["longest"]
-    needed = prediction.needs_of(config, facts.model, longest, facts.machine["processes"], is_measured=is_measured)
+    count, on_gpu = facts.machine["processes"], facts.machine["gpus"] > 0
+    needed = prediction.needs_of(config, facts.model, longest, count, is_measured=is_measured, on_gpu=on_gpu)
     return replace(facts, plan=Plan.of(config), needs=needed)
 
 

@@ -254,6 +254,28 @@ def load_effective(ref: ModelRef, dtype: torch.dtype, spread: bool = False, **ar
     return place(model, spread).eval()
 
 
+def load_rounded_packed(ref: ModelRef, dtype: torch.dtype) -> "PreTrainedModel":
+    """Load a model that gives the same results as `ref`, and pack its experts, although the base has plain ones.
+
+    The experts must be rounded to MXFP4. This takes about a third of the memory of `load_effective`.
+    """
+    model = _build(ref.base, dtype, packed=True, attn_implementation="eager")
+    streaming.fill(model, partial(_read_rounded, Weights(ref)), torch.device("cpu"))
+    return model.eval()
+
+
+def _read_rounded(weights: Weights, name: str, rows: slice) -> torch.Tensor:
+    """Read rows of a parameter as `_read_packed` does, but round the experts."""
+    name = parameter_name(name)
+    if not name.endswith((*EXPERT_WEIGHTS, *PACKED_SUFFIXES)):
+        return weights.read_rows(name, rows)
+    plain, block_format = name.removesuffix(SCALES_SUFFIX), weights.ref.block_format
+    assert block_format is not None
+    trained = weights.read_rows(plain, rows).transpose(1, 2)
+    blocks, scales = encode(trained, block_format, importance=weights.importance(plain))
+    return blocks if name == plain else scales
+
+
 def _load_effective_packed(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":
     """Load a model that gives the same results as `ref`. Its experts are packed.
 

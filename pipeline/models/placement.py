@@ -111,7 +111,13 @@ def copies_in_host_memory(shared: Sharding) -> float:
 
 
 def raise_if_host_too_small(
-    stage: str, directory: Path, dtype: torch.dtype, copies: float = 1, *, is_decoded: bool = False
+    stage: str,
+    directory: Path,
+    dtype: torch.dtype,
+    copies: float = 1,
+    *,
+    is_decoded: bool = False,
+    is_packed: bool = False,
 ) -> None:
     """Check that the weights of a model fit into the free host memory. Call this before the model is loaded.
 
@@ -121,11 +127,12 @@ def raise_if_host_too_small(
         dtype: type of the weights after loading.
         copies: number of copies that the processes on this machine load together.
         is_decoded: whether packed experts are decoded in memory. Otherwise they stay packed.
+        is_packed: whether plain experts are packed in memory. Otherwise they stay plain.
 
     Raises:
         MachineError: the weights do not fit.
     """
     config = read_config(directory)
-    stays_packed = is_quantized(config) and not is_decoded
+    stays_packed = is_packed or (is_quantized(config) and not is_decoded)
     size = loaded_bytes(Shape.of(config, str(directory)), dtype.itemsize, stays_packed=stays_packed)
     host_memory.raise_if_too_small(stage, int(size * copies), f"loading {directory}")

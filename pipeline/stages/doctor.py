@@ -69,8 +69,9 @@ def run(config: PipelineConfig) -> Artifact:
 
     def write(directory: Path) -> Result:
         figures, shapes = _data_figures(config, rows, how, tell), read_config(model)
-        needed = prediction.needs_of(config, shapes, figures["lengths"]["longest"], process_count())
         free = machine.figures(here.directory, _planned(config))
+        longest, on_gpu = figures["lengths"]["longest"], free["gpus"] > 0
+        needed = prediction.needs_of(config, shapes, longest, process_count(), on_gpu=on_gpu)
         facts = Facts(figures, needed, free, Plan.of(config), shapes, here, _look_at(weights))
         found.extend(findings.findings(facts))
         return _report(facts, found, directory)
@@ -82,6 +83,7 @@ def run(config: PipelineConfig) -> Artifact:
         parents={
             "tokenizer": _fingerprint(model),
             "processes": str(process_count()),
+            "device": "GPU" if gpus.visible() or _planned(config) else "CPU",
             "unused": xxhash.xxh3_128_hexdigest(repr(rows.unused).encode()),
             **({"weights": source.sampled_fingerprint(model)} if weights else {}),
         },

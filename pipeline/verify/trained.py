@@ -19,7 +19,7 @@ from pipeline.models.packed_experts import is_packed
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.numerics.codec import same_bits
-from pipeline.numerics.formats import BlockFormat
+from pipeline.numerics.formats import MXFP4, BlockFormat
 from pipeline.runs.console import progress, warn
 from pipeline.verify.check import Check
 
@@ -41,8 +41,9 @@ class TrainedModel:
         self.rounded = replace(ref, block_format=replace(block_format, quantizes_activations=False))
         self.runs_quantizers = ref.block_format == block_format
         if not self.runs_quantizers:
-            self.model = loading.load_effective(self.rounded, ref.dtype, experts_implementation="eager")
+            self.model = _load_rounded(self.rounded)
         else:
+            placement.raise_if_host_too_small("verify", ref.base, ref.dtype)
             self.model = loading.load_quantized(ref, ref.dtype).eval()
             # A model with adapters stays on the CPU. Export merges the adapters of attention on the CPU, too. On
             # another device, PEFT's merge could give different bits.
@@ -171,6 +172,23 @@ class TrainedModel:
         inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
         logits = model(**inputs, use_cache=False).logits
         return logits[inputs["attention_mask"].bool()].float().cpu()
+
+
+def _load_rounded(ref: ModelRef) -> "PreTrainedModel":
+    """Load a model with its rounded experts. If that needs too much memory and the format is MXFP4, pack them.
+
+    Raises:
+        MachineError: the machine has too little memory.
+    """
+    try:
+        placement.raise_if_host_too_small("verify", ref.base, ref.dtype)
+    except MachineError as error:
+        if ref.is_packed or ref.block_format is None or ref.block_format.name != MXFP4.name:
+            raise
+        placement.raise_if_host_too_small("verify", ref.base, ref.dtype, is_packed=True)
+        warn("verify", f"{error} The rounded experts are packed in memory instead.")
+        return loading.load_rounded_packed(ref, ref.dtype)
+    return loading.load_effective(ref, ref.dtype, experts_implementation="eager")
 
 
 def _compare_bits(check: Check, name: str, have: Tensor, want: Tensor, *, first: int = 0) -> None:

@@ -87,9 +87,9 @@ def test_settings_of_the_rounded_experts_bring_the_report_up_to_date(run_dir: Pa
         assert doctor(run_dir, "data.max_samples=80", *arguments) == 0
         needs = artifacts.load(run_dir / "doctor").details["needs"]
         rounded.append(needs["device_bytes"]["qat"]["rounded"])
-    default, none, gathered, budgeted = rounded
-    assert default == none == gathered == 0
-    assert budgeted > 0
+    default, none, gathered, budgeted = rounded  # by default, a CPU has a cache
+    assert none == gathered == 0
+    assert default == budgeted > 0
 
 
 def test_the_form_of_the_experts_brings_the_report_up_to_date(run_dir: Path) -> None:

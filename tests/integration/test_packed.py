@@ -240,3 +240,23 @@ def test_verify_keeps_the_export_packed_if_the_decoded_one_does_not_fit(
     assert "keeps experts packed" in capsys.readouterr().err
     report = json.loads((run_dir / "verify" / "report.json").read_text(encoding="utf-8"))
     assert any("whether transformers loads the export" in each for each in report["not_checked"])
+
+
+def test_verify_packs_the_rounded_experts_if_the_trained_model_does_not_fit(
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = linked(tmp_path / "run", smoke_run, "source", "upcast", "sft")
+    settings = (f"run_dir={run_dir}", "recipe=smoke", *SHORT)
+    assert run_program("stage=export", *settings, "export.source=sft") == 0
+    trained = sum(parameter.nbytes for parameter in loading.load_plain(run_dir / "sft", torch.float32).parameters())
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: trained - 1)
+    assert run_program("stage=verify", *settings) == 0
+    assert "The rounded experts are packed in memory instead." in capsys.readouterr().err
+    assert outcomes(run_dir) == {"ok"}
+    report = json.loads((run_dir / "verify" / "report.json").read_text(encoding="utf-8"))
+    (logits,) = (check for check in report["checks"] if check["title"].startswith("logits"))
+    assert logits["measured"]["largest_difference"] == 0
+
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: trained // 4)
+    assert run_program("stage=verify", *settings, "verify.samples=1") == 1
+    assert "GB of host memory, but only" in capsys.readouterr().err
