@@ -6,6 +6,12 @@ from typing import NamedTuple
 
 from pipeline.errors import MachineError
 
+PROGRAM_BYTES = 1_200_000_000
+"""Host memory that a training process takes beside its tensors: Python, torch and the other libraries.
+
+`scripts/demo_full_shape --shape tiny` measures it: training a model of 1 MB on a CPU takes 1.16 GB.
+"""
+
 
 class _Files(NamedTuple):
     """Names of a control group's files, and the name of an entry in memory.stat.

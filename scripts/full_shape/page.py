@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline.runs.host_memory import PROGRAM_BYTES
 from scripts.full_shape.plan import BASE, RUNS, RunPlan
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "full_shape.md"
@@ -94,9 +95,9 @@ def _predictions(record: Record) -> str:
         for stage, size in predicted.items():
             measured = _complete(record).get(f"{run.name}/{stage}")
             if measured is not None:
-                peak = measured["peak_bytes"]
-                row = (f"`{run.name}`", f"`{stage}`", f"{size / _GIB:.2f}", f"{peak / _GIB:.2f}", f"{size / peak:.2f}")
-                rows.append(row)
+                peak, whole = measured["peak_bytes"], size + PROGRAM_BYTES
+                figures = (f"{whole / _GIB:.2f}", f"{peak / _GIB:.2f}", f"{whole / peak:.2f}")
+                rows.append((f"`{run.name}`", f"`{stage}`", *figures))
     return _table(("run", "stage", "predicted, GiB", "measured, GiB", "ratio"), rows)
 
 
