@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import Sharding, Stage
 from pipeline.doctor import needs, peaks
-from pipeline.doctor.fake_run import BACKWARD, OPTIMIZER, Job
+from pipeline.doctor.fake_run import BACKWARD, FORWARD, OPTIMIZER, Job
 from pipeline.doctor.needs import DeviceFigures
 from pipeline.doctor.peaks import NotMeasured, Peaks
 from pipeline.doctor.plan import Plan, as_batched
@@ -47,9 +47,10 @@ def of_stages(
     if needs.parameters(Shape.of(model, trainings[0][0].model_path))["all"] < _SMALLEST:
         return _estimated(trainings, model, longest, f"the model has fewer than {_SMALLEST:,} parameters")
     estimated = [estimate(plan, stage, model, longest, processes) for plan, stage, processes in trainings]
-    jobs = [_job(plan, stage, model, longest, processes) for plan, stage, processes in trainings]
-    results = zip(trainings, peaks.measure(jobs), estimated, strict=True)
-    return [_figures(found, size, _bucket_bytes(training, model)) for training, found, size in results]
+    caches = [_full_cache(plan, stage, model, longest) for plan, stage, _ in trainings]
+    jobs = [_job(*each, model, longest, has_cache=not full) for each, full in zip(trainings, caches, strict=True)]
+    buckets = [_bucket_bytes(training, model) for training in trainings]
+    return [_figures(*each) for each in zip(peaks.measure(jobs), estimated, buckets, caches, strict=True)]
 
 
 def _estimated(
@@ -59,12 +60,24 @@ def _estimated(
     return [{"bytes": size, "phases": {}, "estimated_because": reason} for size in sizes]
 
 
-def _figures(found: Peaks | NotMeasured, estimated: int, buckets: int) -> DeviceFigures:
+def _full_cache(plan: Plan, stage: str, model: Mapping[str, Any], longest: int) -> int:
+    """Return the size of the cache of rounded weights if not all of them fit into it, else 0.
+
+    The memory of such a cache does not grow with the number of layers. So `peaks`, which extrapolates from a few
+    layers, must measure without it.
+    """
+    rounded = needs.of_stage(plan, stage, model, longest).rounded
+    return rounded if rounded + 1 > _cache_bytes(plan) else 0
+
+
+def _figures(found: Peaks | NotMeasured, estimated: int, buckets: int, cache: int) -> DeviceFigures:
+    """Add the buckets of gradients and a full cache of rounded weights to the measured peaks."""
     if isinstance(found, NotMeasured):
         return {"bytes": estimated, "phases": {}, "estimated_because": found.reason}
     phases = asdict(found)
-    phases[BACKWARD] += buckets
-    phases[OPTIMIZER] += buckets
+    phases[FORWARD] += cache
+    phases[BACKWARD] += buckets + cache
+    phases[OPTIMIZER] += buckets + cache
     return {"bytes": max(phases.values()), "phases": phases, "estimated_because": ""}
 
 
@@ -88,7 +101,11 @@ def least(plan: Plan, stage: str, model: Mapping[str, Any], processes: int) -> i
     return parts.on_each(processes, STRATEGIES[plan.sharding].sharded)
 
 
-def _job(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, processes: int) -> Job:
+def _cache_bytes(plan: Plan) -> float:
+    return rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding, on_gpu=plan.on_gpu)
+
+
+def _job(plan: Plan, stage: str, processes: int, model: Mapping[str, Any], longest: int, *, has_cache: bool) -> Job:
     train, tokens = as_batched(plan.trainings[stage], longest, plan.data.max_length)
     is_quantized = stage == Stage.qat.name
     return Job(
@@ -97,7 +114,7 @@ def _job(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, process
         train=train,
         tokens=tokens,
         block_format=plan.block_format if is_quantized else None,
-        cache_bytes=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding, on_gpu=plan.on_gpu),
+        cache_bytes=_cache_bytes(plan) if has_cache else 0,
         sharding=plan.sharding,
         processes=processes,
         is_packed=plan.is_packed(stage, model),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -64,28 +65,23 @@ def _steps(record: Record) -> str:
             )
         )
     missing = [name for name in _expected() if name not in _complete(record)]
-    note = f"\nNot complete: {', '.join(f'`{name}`' for name in missing)}.\n" if missing else ""
-    return _table(head, rows) + note
+    note = textwrap.fill(f"Not complete: {', '.join(f'`{name}`' for name in missing)}.", 120)
+    return _table(head, rows) + (f"\n{note}\n" if missing else "")
 
 
 def _commands(record: Record) -> str:
-    return (
-        "".join(
-            f"`{run.name}`: {run.title}\n\n```bash {{.needs-time}}\n{_command(record, run)}\n```\n\n" for run in RUNS
-        ).rstrip()
-        + "\n"
-    )
+    return "\n".join(_first_command(record, run) for run in RUNS)
 
 
-def _command(record: Record, run: RunPlan) -> str:
-    """Return the command of a run's first recorded stage, with a name in place of the stage's."""
-    step = next((step for name, step in record["steps"].items() if name.startswith(f"{run.name}/")), None)
-    if step is None:
-        return f"# {run.name}: not run"
-    words = step["command"].split()
-    return " \\\n  ".join(
-        ["python -m pipeline stage=<stage>", *(word for word in words[3:] if not word.startswith("stage="))]
-    )
+def _first_command(record: Record, run: RunPlan) -> str:
+    """Show the command of a run's first stage that has begun."""
+    begun = (f"{run.name}/{stage}" for stage in run.stages if f"{run.name}/{stage}" in record["steps"])
+    name = next(begun, None)
+    if name is None:
+        return f"`{run.name}` has not begun.\n"
+    words = record["steps"][name]["command"].split()
+    lines = " \\\n  ".join([" ".join(words[:4]), *words[4:]])
+    return f"`{run.name}`:\n\n```bash {{.needs-time}}\n{lines}\n```\n"
 
 
 def _predictions(record: Record) -> str:

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import (
     DataConfig,
@@ -15,6 +17,8 @@ from pipeline.config import (
     TrainConfig,
 )
 from pipeline.doctor import device_memory, needs
+from pipeline.doctor.fake_run import Job
+from pipeline.doctor.peaks import Peaks
 from pipeline.doctor.plan import Plan
 
 MODEL: dict[str, Any] = {
@@ -68,3 +72,24 @@ def test_without_rounding_no_qat_is_planned() -> None:
     parts = replace(PLAN, sft=replace(SFT, method=Method.bf16_parts))
     assert list(parts.trainings) == ["sft"]
     assert list(replace(parts, format=NVFP4).trainings) == ["sft", "qat"]
+
+
+@pytest.mark.parametrize(
+    ("gib", "on_gpu", "kept", "added"), [(None, False, 0, 2**30), (None, True, 0, 0), (64, True, 2**36, 0)]
+)
+def test_a_full_cache_is_added_after_measuring_because_it_does_not_grow_with_the_layers(
+    monkeypatch: pytest.MonkeyPatch, gib: float | None, on_gpu: bool, kept: int, added: int
+) -> None:
+    measured: list[Job] = []
+
+    def measure(jobs: list[Job]) -> list[Peaks]:
+        measured.extend(jobs)
+        return [Peaks(load=10, forward=20, backward=30, optimizer=25) for _ in jobs]
+
+    monkeypatch.setattr(device_memory.peaks, "measure", measure)
+    model = {**MODEL, "num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 1024, "num_local_experts": 32}
+    plan = replace(PLAN, qat=QatConfig(**vars(SFT), rounded_cache_gib=gib), on_gpu=on_gpu)
+    found = device_memory.figures(plan, model, LONGEST, 1)["qat"]
+    assert [job.cache_bytes for job in measured if job.stage == "qat"] == [kept]
+    assert found["phases"] == {"load": 10, "forward": 20 + added, "backward": 30 + added, "optimizer": 25 + added}
+    assert {job.on_gpu for job in measured} == {on_gpu}
