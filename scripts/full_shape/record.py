@@ -112,11 +112,9 @@ class Demonstration:
 
     def _shown(self, command: tuple[str, ...]) -> str:
         """Return the command as the results show it, without this machine's paths."""
-        return (
-            " ".join(["python", *command])
-            .replace(f"{self._directory}{os.sep}", "")
-            .replace(f"{self._root}{os.sep}", "")
-        )
+        prefixes = (f"{self._directory}{os.sep}", f"{self._root}{os.sep}")
+        words = [word.replace(prefixes[0], "").replace(prefixes[1], "") for word in command]
+        return " ".join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in words)])
 
     def _store(self, step: Step, found: Mapping[str, Any]) -> None:
         self._record["steps"][step.name] = dict(found)
