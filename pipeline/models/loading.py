@@ -260,20 +260,31 @@ def load_rounded_packed(ref: ModelRef, dtype: torch.dtype) -> "PreTrainedModel":
     The experts must be rounded to MXFP4. This takes about a third of the memory of `load_effective`.
     """
     model = _build(ref.base, dtype, packed=True, attn_implementation="eager")
-    streaming.fill(model, partial(_read_rounded, Weights(ref)), torch.device("cpu"))
+    streaming.fill(model, _Rounded(Weights(ref)), torch.device("cpu"))
     return model.eval()
 
 
-def _read_rounded(weights: Weights, name: str, rows: slice) -> torch.Tensor:
-    """Read rows of a parameter as `_read_packed` does, but round the experts."""
-    name = parameter_name(name)
-    if not name.endswith((*EXPERT_WEIGHTS, *PACKED_SUFFIXES)):
-        return weights.read_rows(name, rows)
-    plain, block_format = name.removesuffix(SCALES_SUFFIX), weights.ref.block_format
-    assert block_format is not None
-    trained = weights.read_rows(plain, rows).transpose(1, 2)
-    blocks, scales = encode(trained, block_format, importance=weights.importance(plain))
-    return blocks if name == plain else scales
+class _Rounded:
+    """Reads rows of a parameter as `_read_packed` does, but rounds the experts.
+
+    A stack is read once: its blocks are read before its scales, as `PackedExperts` has them in this order.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._scales: dict[str, list[torch.Tensor]] = {}  # of the experts whose blocks have been read
+
+    def __call__(self, name: str, rows: slice) -> torch.Tensor:
+        name, block_format = parameter_name(name), self._weights.ref.block_format
+        if name.endswith(SCALES_SUFFIX):
+            return torch.cat(self._scales[name.removesuffix(SCALES_SUFFIX)])[rows]
+        if not name.endswith(EXPERT_WEIGHTS):
+            return self._weights.read_rows(name, rows)
+        assert block_format is not None
+        trained = self._weights.read_trained(name, rows).transpose(1, 2)
+        blocks, scales = encode(trained, block_format, importance=self._weights.importance(name))
+        self._scales.setdefault(name, []).append(scales)
+        return blocks
 
 
 def _load_effective_packed(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":
