@@ -113,7 +113,7 @@ class DataConfig:
     """The conversations for training and validation."""
 
     path: Optional[str] = None
-    """A .jsonl, .json, .csv, .tsv or .parquet file, a folder, a saved data set, a hub id, or synthetic://arithmetic."""
+    """A .jsonl, .json, .csv, .tsv or .parquet file, a folder, a saved data set, a hub id, or a name like synthetic://demo."""
     revision: Optional[str] = None
     """Revision of a hub id: a branch, tag or commit."""
     split: str = "train"

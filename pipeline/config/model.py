@@ -10,7 +10,7 @@ from pipeline.config.bounds import POSITIVE, SEED, Bound
 from pipeline.numerics.formats import MXFP4
 
 SYNTHETIC = "synthetic://"
-"""Prefix of paths such as synthetic://tiny. The program itself generates such models and data, without the internet."""
+"""Prefix of paths such as synthetic://tiny. Such models and data come with the program, without the internet."""
 
 _BLOCKS = Bound(
     f"a positive multiple of {MXFP4.block_size}, the block size of MXFP4",
@@ -65,7 +65,7 @@ class ModelConfig:
     """The model to start from."""
 
     path: str = MISSING
-    """Checkpoint to start from, in MXFP4 or BF16: a directory, a hub id, or synthetic://tiny (see model.tiny)."""
+    """Checkpoint to start from, MXFP4 or BF16: a directory, a hub id, synthetic://tiny (see model.tiny) or …://demo."""
     revision: Optional[str] = None
     """Revision of a hub id: a branch, tag or commit."""
     dtype: Dtype = Dtype.bfloat16

@@ -40,7 +40,7 @@ from pipeline.data.unused import Unused, UnusedCounts
 from pipeline.errors import RowProblems, UserError, joined, user_errors
 from pipeline.runs import foreign_files
 from pipeline.runs.console import progress, say, warn
-from pipeline.runs.run import Run
+from pipeline.runs.run import DATA_DIR, Run
 
 _ROWS = Features(
     {
@@ -208,7 +208,7 @@ def _print_unused(unused: UnusedCounts) -> None:
 
 def _make_table(run: Run, source: Source) -> tuple[Dataset, bool]:
     """Check all rows of a data set, and return them as a table, and whether the table is new."""
-    opened = open_rows(source)
+    opened = open_rows(source, run.stage_dir(DATA_DIR))
     data = source.data
     settings = (data.path, data.revision, data.split, data.columns, data.roles, data.filter)
     defaults = (source.reasoning_effort, source.reasoning_language)

@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetsError
 
 from pipeline.config import SYNTHETIC, DataConfig, DataPartConfig, ValidationConfig
 from pipeline.config.hub_ids import is_hub_id
-from pipeline.data import files, folders, synthetic
+from pipeline.data import demo_rows, files, folders, synthetic
 from pipeline.data.files import KINDS, ArrowRow, PlacedRows, number_rows
 from pipeline.errors import UserError
 from pipeline.runs.foreign_files import MISSING, describe_irregular
@@ -101,8 +101,12 @@ def with_expected(sources: list[Source], expected: dict[str, str], key: str = So
     ]
 
 
-def open_rows(source: Source) -> Opened:
+def open_rows(source: Source, directory: Path) -> Opened:
     """Find a data set, and compute the identity of its contents.
+
+    Args:
+        source: the data set.
+        directory: directory for the files of generated rows. A file is written when its rows are read.
 
     Raises:
         UserError: the data set does not exist, or its format is not supported. Reading the rows later may also raise
@@ -110,7 +114,7 @@ def open_rows(source: Source) -> Opened:
     """
     name = str(source.data.path)
     if name.startswith(SYNTHETIC):
-        return _open_synthetic(source, name)
+        return _open_synthetic(source, name.removeprefix(SYNTHETIC), directory)
     path = Path(name).expanduser()
     if (kind := describe_irregular(path)) is None:
         return _open_file(source, path)
@@ -132,10 +136,19 @@ def _part(key: str, data: DataConfig, path: str, part: DataPartConfig, weight: f
     return Source(key, settings, weight, effort, part.reasoning_language)
 
 
-def _open_synthetic(source: Source, name: str) -> Opened:
-    if name != f"{SYNTHETIC}arithmetic":
-        raise UserError(f"{source.key}.path={name!r}: no such synthetic data set. Use {SYNTHETIC}arithmetic.")
-    return Opened(digest_of_files([Path(synthetic.__file__)]), lambda: number_rows(name, synthetic.arithmetic_rows()))
+def _open_synthetic(source: Source, name: str, directory: Path) -> Opened:
+    path, split = f"{SYNTHETIC}{name}", source.data.split
+    if name == "arithmetic":
+        return Opened(
+            digest_of_files([Path(synthetic.__file__)]), lambda: number_rows(path, synthetic.arithmetic_rows())
+        )
+    if name not in demo_rows.DATA_SETS:
+        names = ", ".join(f"{SYNTHETIC}{each}" for each in ("arithmetic", *demo_rows.DATA_SETS))
+        raise UserError(f"{source.key}.path={path!r}: no such synthetic data set. Use one of {names}.")
+    made = demo_rows.DATA_SETS[name]
+    if split not in made.sizes:
+        raise UserError(f"{source.key}.split={split!r}: {path} has the splits {', '.join(made.sizes)}.")
+    return Opened(digest_of_files(made.code), lambda: files.read_file(demo_rows.write(directory, name, split), split))
 
 
 def _open_file(source: Source, path: Path) -> Opened:

@@ -337,7 +337,8 @@ def test_a_missing_split_is_refused_and_the_existing_splits_are_named(tmp_path: 
 
 def test_an_unknown_synthetic_data_set_is_refused() -> None:
     assert load_error("synthetic://poems") == (
-        "data.path='synthetic://poems': no such synthetic data set. Use synthetic://arithmetic."
+        "data.path='synthetic://poems': no such synthetic data set. Use one of synthetic://arithmetic, synthetic://demo,"
+        " synthetic://demo_refusal."
     )
 
 
