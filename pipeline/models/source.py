@@ -13,7 +13,7 @@ from pipeline.checkpoints.released import describe_missing_stop, raise_if_unfit
 from pipeline.config import SYNTHETIC, ModelConfig
 from pipeline.config.hub_ids import is_hub_id
 from pipeline.errors import UserError
-from pipeline.models import tiny_model
+from pipeline.models import demo_model, tiny_model
 from pipeline.runs.console import say
 from pipeline.runs.processes import is_main_process, wait_for_everyone
 from pipeline.runs.run import SOURCE_DIR, Run
@@ -88,25 +88,28 @@ def _judge(run: Run, directory: Path) -> None:
 def base_directory(run: Run, model: ModelConfig, hub_files: list[str] = _HUB_FILES) -> Path:
     """Return the model's directory. Download `hub_files` if the path is a hub id, or make the synthetic model."""
     if model.path.startswith(SYNTHETIC):
-        return _make_tiny(run, model)
+        return _make_synthetic(run, model)
     directory = Path(model.path).expanduser().absolute()
     if directory.exists() or not is_hub_id(model.path):
         return directory
     return _fetch(model.path, model.revision, hub_files)
 
 
-def _make_tiny(run: Run, model: ModelConfig) -> Path:
-    if model.path != f"{SYNTHETIC}tiny":
+def _make_synthetic(run: Run, model: ModelConfig) -> Path:
+    name = model.path.removeprefix(SYNTHETIC)
+    if name not in ("tiny", "demo"):
         raise UserError(
-            f"model.path={model.path!r}: no such synthetic model. Use {SYNTHETIC}tiny, a directory or a hub id."
+            f"model.path={model.path!r}: no such synthetic model. Use {SYNTHETIC}tiny, {SYNTHETIC}demo, a directory or"
+            " a hub id."
         )
-    directory = run.stage_dir(SOURCE_DIR) / tiny_model.name_of(model.tiny)
+    is_demo = name == "demo"
+    directory = run.stage_dir(SOURCE_DIR) / (demo_model.name() if is_demo else tiny_model.name_of(model.tiny))
     if is_main_process() and not directory.is_dir():
         try:
-            tiny_model.create_tiny(directory, model.tiny)
+            demo_model.create_demo(directory) if is_demo else tiny_model.create_tiny(directory, model.tiny)
         except OSError as error:
             raise run.not_writable(directory, error) from error
-        say("source", f"made a tiny random gpt-oss: {directory}")
+        say("source", f"made a {'small trained' if is_demo else 'tiny random'} gpt-oss: {directory}")
     wait_for_everyone()
     return directory
 

@@ -8,10 +8,12 @@ stored only as blocks and scales, so their weights are MXFP4 values.
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,14 +31,18 @@ from pipeline.checkpoints.gpt_oss import (
     expert_projections,
     other_tensors,
 )
-from pipeline.checkpoints.shards import Part, Piece, Step, write_sharded
+from pipeline.checkpoints.shards import Part, Piece, Step, piece_in_one_step, write_sharded
 from pipeline.config import TinyConfig
+from pipeline.data.synthetic import tokenizer_corpus
 from pipeline.models import tiny_tokenizer
 from pipeline.numerics.codec import encode
 from pipeline.numerics.formats import MXFP4
 from pipeline.runs.artifacts import SHARDS_FILE
 from pipeline.runs.console import progress
 from pipeline.runs.durable import sync, sync_tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 GPT_OSS_20B = TinyConfig(
     num_hidden_layers=24,
@@ -80,18 +86,51 @@ def create_tiny(directory: Path, tiny: TinyConfig, ranks: Path | None = None) ->
     Raises:
         UserError: the vocabulary is too small for the tokenizer.
     """
+    tokenizer = (
+        tiny_tokenizer.train(tiny.vocab_size, tokenizer_corpus()) if ranks is None else tiny_tokenizer.released(ranks)
+    )
+    with appearing(directory) as unfinished:
+        config = write_side_files(unfinished, tiny, tokenizer)
+        write_weights(unfinished, _pieces(tiny, config), tiny.shard_bytes, "random model")
+
+
+@contextmanager
+def appearing(directory: Path) -> Iterator[Path]:
+    """Yield an empty directory, which gets the name `directory` at the end of the block, unless an error leaves it."""
     unfinished = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    ids = tiny_tokenizer.write(unfinished, tiny.vocab_size, ranks)
-    config = _config(tiny, ids)
-    _write(unfinished / CONFIG, config)
-    _write(unfinished / "generation_config.json", _generation_config(ids))
-    write_sharded(unfinished, _pieces(tiny, config), tiny.shard_bytes, "random model")
-    (unfinished / SHARDS_FILE).unlink()
+    yield unfinished
     sync_tree(unfinished)
     unfinished.replace(directory)
     sync(directory.parent)
+
+
+def write_side_files(directory: Path, tiny: TinyConfig, tokenizer: "PreTrainedTokenizerFast") -> dict[str, object]:
+    """Write a tokenizer, config.json and generation_config.json. Return the contents of config.json.
+
+    Raises:
+        UserError: the vocabulary is too small for the tokenizer.
+    """
+    ids = tiny_tokenizer.write(tokenizer, directory, tiny.vocab_size)
+    config = _config(tiny, ids)
+    _write(directory / CONFIG, config)
+    _write(directory / "generation_config.json", _generation_config(ids))
+    return config
+
+
+def write_weights(directory: Path, pieces: Iterable[Piece], shard_bytes: int, what: str) -> None:
+    """Write the weight files of a checkpoint, with the tensors in the order of their names."""
+    ordered = sorted(pieces, key=lambda piece: next(iter(piece.tensors)))
+    write_sharded(directory, ordered, shard_bytes, what)
+    (directory / SHARDS_FILE).unlink()
+
+
+def packed_piece(projection: ExpertProjection, plain: Tensor) -> Piece:
+    """Return a piece with a stack of expert weights in MXFP4. `plain` is (E, out, in)."""
+    blocks, scales = encode(plain, MXFP4)
+    made = {projection.blocks: blocks, projection.scales: scales}
+    return piece_in_one_step(projection.packed_tensors(), lambda: made)
 
 
 @dataclass(frozen=True)
@@ -129,7 +168,7 @@ def _pieces(tiny: TinyConfig, config: Mapping[str, object]) -> list[Piece]:
     draws = _draws([*(info.shape for info in others.values()), *stack_shapes], tiny.seed)
     pieces = [_random_piece(name, info, next(draws)) for name, info in others.items()]
     pieces += [_expert_piece(stack, next(draws)) for stack in stacks]
-    return sorted(pieces, key=lambda piece: next(iter(piece.tensors)))
+    return pieces
 
 
 def _draws(shapes: Sequence[tuple[int, ...]], seed: int) -> Iterator[_Draw]:

@@ -1,11 +1,11 @@
 """Make the tokenizer of a random model: a small trained one, or the released one from its vocabulary file."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
-from pipeline.data.synthetic import chat_template, tokenizer_corpus
+from pipeline.data.synthetic import chat_template
 from pipeline.data.tokenizers import O200K_WORDS
 from pipeline.errors import UserError
 
@@ -18,20 +18,19 @@ CONTEXT = 131_072
 _RESERVED_ROWS = 16  # embedding rows that belong to no token; the released models have such rows too
 
 
-def write(directory: Path, vocab_size: int, ranks: Path | None = None) -> dict[str, int]:
-    """Write a tokenizer with the Harmony special tokens and the released chat template. Return the special tokens' ids.
+def write(tokenizer: "PreTrainedTokenizerFast", directory: Path, vocab_size: int) -> dict[str, int]:
+    """Write a tokenizer into a model's directory. Return the ids of the Harmony special tokens.
 
     Args:
+        tokenizer: the tokenizer, made by `train` or `released`.
         directory: directory of the model.
         vocab_size: number of rows of the model's embedding.
-        ranks: file of the released vocabulary, or None. None: train a small tokenizer.
 
     Raises:
-        UserError: the embedding is too small for the tokenizer, or `ranks` is not the released vocabulary.
+        UserError: the embedding is too small for the tokenizer.
     """
-    tokenizer = _train(vocab_size) if ranks is None else released(ranks)
-    if ranks is not None and len(tokenizer) > vocab_size:
-        raise UserError(f"model.tiny.vocab_size={vocab_size}: must be at least {len(tokenizer)} with {ranks}.")
+    if len(tokenizer) > vocab_size:
+        raise UserError(f"model.tiny.vocab_size={vocab_size}: must be at least {len(tokenizer)} with this tokenizer.")
     tokenizer.save_pretrained(directory)
     ids = tokenizer.get_vocab()
     return {token: ids[token] for token in SPECIAL_TOKENS.values()}
@@ -54,13 +53,22 @@ def released(ranks: Path) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def _train(vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Train byte-level BPE on the synthetic data, and add the Harmony special tokens."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+def train(vocab_size: int, corpus: Iterable[str], phrases: Sequence[str] = ()) -> "PreTrainedTokenizerFast":
+    """Train byte-level BPE on texts, and add phrases and the Harmony special tokens.
 
-    smallest = 256 + len(SPECIAL_TOKENS) + _RESERVED_ROWS
-    if vocab_size < smallest:
-        raise UserError(f"model.tiny.vocab_size={vocab_size}: must be at least {smallest}.")
+    Args:
+        vocab_size: number of rows of the model's embedding.
+        corpus: texts to train on.
+        phrases: texts that become one token each.
+
+    Raises:
+        UserError: the embedding is too small for all bytes, phrases and special tokens.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    added = len(SPECIAL_TOKENS) + len(phrases) + _RESERVED_ROWS
+    if vocab_size < 256 + added:
+        raise UserError(f"model.tiny.vocab_size={vocab_size}: must be at least {256 + added}.")
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(r"\s?\p{L}+|\p{N}{1,3}|\s?[^\s\p{L}\p{N}]+|\s+"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -68,11 +76,12 @@ def _train(vocab_size: int) -> "PreTrainedTokenizerFast":
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS) - _RESERVED_ROWS,
+        vocab_size=vocab_size - added,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(tokenizer_corpus(), trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     tokenizer.add_special_tokens(list(_special_tokens()))
     return _wrap(tokenizer)
 

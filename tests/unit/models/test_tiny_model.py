@@ -29,7 +29,7 @@ def test_a_vocabulary_that_is_missing_or_too_small_is_refused(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"none: there is no such file\. Give the file o200k_base\.tiktoken"):
         tiny_tokenizer.released(tmp_path / "none")
     with pytest.raises(UserError, match=r"model\.tiny\.vocab_size=100: must be at least 293"):
-        tiny_tokenizer.write(tmp_path, 100)
+        tiny_tokenizer.train(100, ["text"])
 
 
 def test_another_vocabulary_than_the_released_one_is_refused(tmp_path: Path) -> None:
