@@ -64,6 +64,14 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "tools": [ADD],
         },
     ),
+    "demo": (
+        {"reasoning_language": "French", "messages": SIMPLE},
+        {"messages": SIMPLE, "reasoning_language": "French"},
+    ),
+    "demo_refusal": (
+        {"messages": SIMPLE},
+        {"messages": SIMPLE},
+    ),
     "false_reject": (
         {
             "prompt": "Hi?",
@@ -127,9 +135,11 @@ def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def data_config(name: str, path: Path, **settings: Any) -> DataConfig:
-    """Read conf/data/<name>.yaml, but replace its path."""
+    """Read conf/data/<name>.yaml, but replace its path, and hold out rows instead of reading a split for validation."""
     merged = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(CONF / f"{name}.yaml"))
-    found: Any = OmegaConf.to_object(OmegaConf.merge(merged, {"path": str(path), **settings}))
+    found: Any = OmegaConf.to_object(
+        OmegaConf.merge(merged, {"path": str(path), "validation": {"split": None}, **settings})
+    )
     return found
 
 
