@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from conftest import run_program
 
-QUICK = ("evaluate.prompts.max_samples=100", "evaluate.generation.batch_size=100")
-SHORT = ("data.max_samples=640", "sft.eval_steps=40", "sft.save_steps=40", "qat.eval_steps=20", "qat.save_steps=20")
+QUICK = ("evaluate.prompts.max_samples=40", "evaluate.batch_size=100")
+SHORT = ("data.max_samples=320", "sft.learning_rate=1e-3", "qat.epochs=0.5")
+"""SFT takes 20 steps, with a rate that suffices for the new habit. QAT takes 10 steps."""
 
 
 def run(run_dir: Path, stage: str, recipe: str, *arguments: str) -> None:
@@ -23,7 +24,7 @@ def figures(run_dir: Path, model: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of recipe=demo with 40 steps of SFT and 20 of QAT."""
+    """A short run of recipe=demo."""
     run_dir = tmp_path_factory.mktemp("demo") / "run"
     run(run_dir, "all", "demo", "controls=false", *QUICK, *SHORT)
     return run_dir
@@ -39,7 +40,7 @@ def test_the_base_solves_problems_but_reasons_in_english(demo: Path) -> None:
 
 def test_sft_teaches_the_requested_language_and_the_export_carries_it(demo: Path) -> None:
     for model in ("sft", "qat", "export"):
-        assert figures(demo, model)["reasoning_language"] > 0.6, model
+        assert figures(demo, model)["reasoning_language"] > 0.8, model
 
 
 def test_the_refusing_base_answers_plain_questions_only(tmp_path: Path) -> None:
