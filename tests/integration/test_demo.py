@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import run_program
 
-QUICK = ("evaluate.prompts.max_samples=40", "evaluate.batch_size=100")
+QUICK = ("evaluate.prompts.max_samples=40", "evaluate.max_samples=40", "verify.samples=1")
 SHORT = ("data.max_samples=320", "sft.learning_rate=1e-3", "qat.epochs=0.5")
 """SFT takes 20 steps, with a rate that suffices for the new habit. QAT takes 10 steps."""
 
