@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import RoundingMethod, Stage
 from pipeline.runs.artifacts import ARTIFACT_FILE
 
 SEEDED = ("data.seed", "sft.seed", "qat.seed", "quantize.seed")
 """Settings that get the seed of a run. All runs have the same base model, validation rows and test prompts."""
 
-_LORA = ("train@sft=lora", "train@qat=lora", "sft.learning_rate=1e-2")
+_LORA = ("train@sft=lora", "train@qat=lora", "sft.learning_rate=1e-3")
 _NVFP4 = ("format=nvfp4", "export.target=nvfp4")
 _FIGURES = ("validation_loss", "kl_divergence", "served_bytes")
+_ACCOUNT = {"change": "relative_change", "kept": "kept"}
 _DIGITS = 6
 
 
@@ -43,6 +45,13 @@ _LANGUAGE = ("reasoning_language", "exact_match")
 _REFUSAL = ("safe_answered", "unsafe_refused")
 CASES = (
     Case("mxfp4_full", "MXFP4, every weight", "demo", (), _LANGUAGE),
+    Case(
+        "mxfp4_nearest",
+        "MXFP4, every weight, QAT from nearest rounding",
+        "demo",
+        ("quantize.method=nearest",),
+        _LANGUAGE,
+    ),
     Case("mxfp4_lora", "MXFP4, LoRA", "demo", _LORA, _LANGUAGE),
     Case("nvfp4_full", "NVFP4, every weight", "demo", _NVFP4, _LANGUAGE),
     Case("nvfp4_lora", "NVFP4, LoRA", "demo", (*_NVFP4, *_LORA), _LANGUAGE),
@@ -56,7 +65,6 @@ def arguments(case: Case, seed: int, run_dir: Path, extra: tuple[str, ...] = ())
     return [
         f"recipe={case.recipe}",
         f"run_dir={run_dir}",
-        "controls=true",
         "evaluate.prompts.max_samples=null",
         *case.overrides,
         *seeds,
@@ -86,32 +94,44 @@ def run(case: Case, seed: int, directory: Path, extra: tuple[str, ...] = ()) -> 
 
 
 def read_figures(run_dir: Path, case: Case) -> dict[str, Any]:
-    """Read the figures of a complete run: of its models, its paired tests and its stages."""
+    """Read the figures of a complete run: of its models, its paired tests and its stages.
+
+    Models that were only rounded are named `rounded/<method>`, whether the run or a control made them.
+    """
     report = json.loads((run_dir / "compare" / "compare.json").read_text(encoding="utf-8"))
-    names = (*_FIGURES, *case.rates)
-    models = {row["model"]: {name: _shorten(row[name]) for name in names if name in row} for row in report["rows"]}
-    for row in report["rows"]:
-        if account := (row.get("rounding") or {}).get("account"):
-            models[row["model"]]["change"] = _shorten(account["relative_change"])
-            models[row["model"]]["kept"] = _shorten(account["kept"])
-    tests = [
-        {
-            "figure": test["figure"],
-            "model": test["model"],
-            "reference": test["reference"],
-            "p": _shorten(test["p_value_corrected"]),
-            "better": test["wins"],
-            "worse": test["losses"],
-        }
-        for test in report["tests"]
-        if test["figure"] in case.rates
-    ]
+    names = {row["model"]: _name(row) for row in report["rows"]}
     return {
         "outcome": report["verdicts"][0]["outcome"],
-        "models": models,
-        "tests": tests,
+        "models": {names[row["model"]]: _read_row(row, case) for row in report["rows"]},
+        "tests": [
+            {
+                "figure": test["figure"],
+                "model": names[test["model"]],
+                "reference": names[test["reference"]],
+                "p": _shorten(test["p_value_corrected"]),
+                "better": test["wins"],
+                "worse": test["losses"],
+            }
+            for test in report["tests"]
+            if test["figure"] in case.rates
+        ],
         "seconds": _read_seconds(run_dir),
     }
+
+
+def _name(row: dict[str, Any]) -> str:
+    model: str = row["model"]
+    origin, _, stage = model.rpartition("/")
+    if stage != Stage.quantize.name or origin not in ("", *(f"controls/{method.name}" for method in RoundingMethod)):
+        return model
+    return f"rounded/{row['rounding']['method'].partition(',')[0]}"
+
+
+def _read_row(row: dict[str, Any], case: Case) -> dict[str, float]:
+    found = {name: row[name] for name in (*_FIGURES, *case.rates) if name in row}
+    account = row["rounding"]["account"] if row.get("rounding") else {}
+    found |= {short: account[name] for short, name in _ACCOUNT.items() if name in account}
+    return {name: _shorten(value) for name, value in found.items()}
 
 
 def _read_seconds(run_dir: Path) -> dict[str, float]:

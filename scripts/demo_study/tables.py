@@ -9,9 +9,9 @@ from scripts.rounding_study.statistics import Estimate
 MODELS = {
     "upcast": "the base",
     "sft": "SFT, not rounded",
-    "quantize": "SFT, rounded to nearest",
-    "controls/stochastic/quantize": "SFT, rounded stochastically",
-    "controls/gptq/quantize": "SFT, rounded by GPTQ",
+    "rounded/nearest": "SFT, rounded to nearest",
+    "rounded/stochastic": "SFT, rounded stochastically",
+    "rounded/gptq": "SFT, rounded by GPTQ",
     "qat": "SFT + QAT",
     "controls/more_sft/quantize": "SFT + as many steps of SFT, rounded by GPTQ",
     "controls/bf16_parts/sft": "BF16 parts only, nothing is rounded",
@@ -30,10 +30,11 @@ _FIGURES: dict[str, tuple[str, int, float]] = {
 """Figure -> heading, decimals, factor."""
 
 _PAIRS = (
-    ("quantize", "sft"),
-    ("controls/stochastic/quantize", "sft"),
-    ("controls/gptq/quantize", "sft"),
-    ("qat", "quantize"),
+    ("rounded/nearest", "sft"),
+    ("rounded/stochastic", "sft"),
+    ("rounded/gptq", "sft"),
+    ("qat", "rounded/nearest"),
+    ("qat", "rounded/stochastic"),
     ("qat", "sft"),
     ("qat", "controls/more_sft/quantize"),
     ("export", "qat"),
@@ -98,7 +99,7 @@ def changes_table(results: Results) -> str:
     """Show by how much SFT changed the experts, and how much of it nearest rounding kept."""
     rows = []
     for case in present(results):
-        change, kept = (results.mean(case.name, "quantize", figure) for figure in ("change", "kept"))
+        change, kept = (results.mean(case.name, "rounded/nearest", figure) for figure in ("change", "kept"))
         assert change is not None and kept is not None, case.name
         rows.append([case.title, change.show(2, 100.0), kept.show(1, 100.0)])
     return _table(["case", "relative change of the experts, %", "kept by rounding to nearest, %"], rows)
