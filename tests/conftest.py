@@ -24,6 +24,7 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 import forks
 
 from pipeline import __main__ as program
+from pipeline.runs import launches
 
 VOCABULARY = Path(__file__).parents[2] / "shared" / "data" / "tokenizer"
 """openai-harmony's vocabulary. It is not part of the project, and is used only if it lies beside the checkout."""
@@ -131,6 +132,12 @@ def quick_composition() -> Iterator[None]:
     """Calls of the library, and functions that compose a configuration, are as quick as `run_program`."""
     with composed_quickly():
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_launch() -> None:
+    """The commands of other tests are no part of a test's launch."""
+    launches.forget()
 
 
 @pytest.fixture(scope="session")

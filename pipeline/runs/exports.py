@@ -62,10 +62,20 @@ def choose(run: Run) -> Run:
     So the choice does not change if another export is made meanwhile. `export/` gets its links back if it holds copies.
 
     Raises:
-        UserError: export.target is null and an export is unfinished, or as `parts.restore_links`.
+        UserError: as `choose_to_verify` and `parts.restore_links`.
     """
     place = run.place(Stage.export)
     on_main_process(lambda: parts.restore_links(place))
+    return choose_to_verify(run)
+
+
+def choose_to_verify(run: Run) -> Run:
+    """Choose as `choose`, but let `export/` have files that differ from those of the export. A check reports them.
+
+    Raises:
+        UserError: export.target is null and an export is unfinished.
+    """
+    place = run.place(Stage.export)
     if not run.is_complete(Stage.export):
         return run
     if run.asked_part is None:
@@ -83,6 +93,19 @@ def require(run: Run) -> Artifact:
         UserError: as `choose` and `Run.require`.
     """
     return choose(run).require(Stage.export)
+
+
+def directory_to_verify(run: Run) -> Path:
+    """Return the directory of the chosen export. If files of `export/` replace some of its files, return `export/`.
+
+    Users deploy `export/`, so such files have to be checked.
+
+    Raises:
+        UserError: as `Run.require`.
+    """
+    export = run.require(Stage.export, check_files=False)  # a check reports what is wrong with files
+    place = run.place(Stage.export)
+    return place if part_of(run, place) == run.part and parts.resolve(place) == place else export.directory
 
 
 def find_stale(run: Run) -> dict[str, str]:

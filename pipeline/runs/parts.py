@@ -104,14 +104,10 @@ def show(part: Path) -> None:
 def resolve(directory: Path) -> Path:
     """Return the directory of the part that a stage's directory shows. Return any other directory as it is.
 
-    Raises:
-        UserError: a file in the place of a link has other bytes than the file of the part.
+    If a file in the place of a link has other bytes than the part's, the directory shows no part but itself.
     """
     name = None if _is_older(directory) else shown(directory)
-    if name is None:
-        return directory
-    _raise_if_altered(directory, name)
-    return directory / name
+    return directory if name is None or _altered(directory, name) else directory / name
 
 
 def restore_links(place: Path) -> None:
@@ -120,20 +116,23 @@ def restore_links(place: Path) -> None:
     Raises:
         UserError: one of these files is no copy, because it has other bytes.
     """
-    part = resolve(place)
-    if part != place and any(True for _ in _copies(place, part.name)):
-        say(place.name, f"{place} holds copies of files in {part}. They are replaced by links.")
-        show(part)
-
-
-def _raise_if_altered(place: Path, name: str) -> None:
-    others = [file for file, is_same in _copies(place, name) if not is_same]
-    if others:
-        part = place / name
+    name = None if _is_older(place) else shown(place)
+    if name is None:
+        return
+    part = place / name
+    if others := _altered(place, name):
         raise UserError(
             f"{place / others[0]}: differs from {part / others[0]}, although both belong to the same export. Delete the"
             f" former if it is wrong. Otherwise, the export is wrong. {advise_rebuild(part)}"
         )
+    if any(True for _ in _copies(place, name)):
+        say(place.name, f"{place} holds copies of files in {part}. They are replaced by links.")
+        show(part)
+
+
+def _altered(place: Path, name: str) -> list[str]:
+    """Return the names of the files in the place of links to a part that have other bytes than the part's files."""
+    return [file for file, is_same in _copies(place, name) if not is_same]
 
 
 def hide(place: Path, name: str | None = None) -> None:

@@ -60,7 +60,7 @@ def run(config: PipelineConfig) -> Artifact:
     Raises:
         CheckFailed: a check found a problem. The report is written, but no artifact.
     """
-    here = Run(config) if config.verify.checkpoint is not None else exports.choose(Run(config))
+    here = Run(config) if config.verify.checkpoint is not None else exports.choose_to_verify(Run(config))
     subject = _subject(config, here)
     here = Run(config, exports.part_of(here, subject.directory) or parts.CHECKPOINT)
     parents = {"checkpoint": subject.found.fingerprint, "reference": subject.reference.fingerprint}
@@ -254,7 +254,7 @@ def _checkpoint(config: PipelineConfig, here: Run) -> Path:
         UserError: the directory is missing, unfinished, or cannot be an export of gpt-oss.
     """
     if config.verify.checkpoint is None:
-        return here.require(Stage.export, check_files=False).directory  # a check reports what is wrong with files
+        return exports.directory_to_verify(here)
     given = f"verify.checkpoint={config.verify.checkpoint}"
     directory = Path(config.verify.checkpoint).expanduser().absolute()
     if not directory.is_dir():
