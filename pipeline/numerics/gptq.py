@@ -45,7 +45,10 @@ _LEAF = 32
 """Columns that the sweep rounds one by one, between two matrix products."""
 
 _CHUNK_BYTES = 8 << 30
-"""Temporaries of a chunk of experts on a GPU. On a CPU, a chunk is one expert."""
+"""Temporaries of a chunk of experts on a GPU."""
+
+_CHUNK_BYTES_ON_CPU = 1 << 20
+"""Temporaries of a chunk of experts on a CPU. Each expert of gpt-oss takes more, and is a chunk by itself."""
 
 
 @contextmanager
@@ -135,8 +138,8 @@ def round_gptq(
         importance: weights of the rule `mse`; see `codec.encode`.
         damping: number that is added to the diagonal of each Hessian, as a fraction of the mean of the diagonal.
         act_order: whether to round the columns with the largest diagonal first. Otherwise they are rounded in order.
-        experts_at_once: number of experts of a chunk. None means one expert on a CPU and 8 GiB of temporaries on a GPU.
-            On a CPU, the number does not change a bit of the result.
+        experts_at_once: number of experts of a chunk. None means 1 MiB of temporaries on a CPU and 8 GiB on a GPU, and
+            at least one expert. On a CPU, the number does not change a bit of the result.
 
     Returns:
         The rounded values. They have the shape, type and memory order of `values`.
@@ -292,7 +295,8 @@ def _chunks(values: Tensor, hessians: Tensor, experts_at_once: int | None) -> It
     count, out, inputs = values.shape
     if experts_at_once is None:
         bytes_of_one = hessians.element_size() * inputs * (inputs + max(inputs, out))
-        experts_at_once = 1 if values.device.type in slabs.ONLY_SLABS else max(1, _CHUNK_BYTES // bytes_of_one)
+        limit = _CHUNK_BYTES_ON_CPU if values.device.type in slabs.ONLY_SLABS else _CHUNK_BYTES
+        experts_at_once = max(1, limit // bytes_of_one)
     for start in range(0, count, experts_at_once):
         yield slice(start, start + experts_at_once)
 

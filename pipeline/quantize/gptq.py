@@ -33,7 +33,7 @@ from pipeline.quantize.rounding import Job
 from pipeline.runs.console import progress
 from pipeline.runs.disk import raise_if_disk_too_small
 
-_GROUP_BYTES = {"cpu": 0}
+_GROUP_BYTES = {"cpu": 2 << 20}
 """Memory of a group of experts on each type of device. A group has at least one expert."""
 
 _GROUP_BYTES_ON_GPU = 8 << 30
