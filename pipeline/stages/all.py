@@ -40,6 +40,7 @@ def run(config: PipelineConfig) -> Artifact:
             if (reason := _reason_to_skip(stage, config)) is not None:
                 say(stage.name, f"skipped, because {reason}")
             else:
+                up_to_date.say_if_needed(stage.name, stage.value)
                 artifact = _run(stage, config)
                 if stage is Stage.doctor:
                     _raise_if_too_small(config, artifact)
