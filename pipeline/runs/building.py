@@ -109,8 +109,7 @@ def build(
     read, directory, place = take_read(), run.stage_dir(stage), run.place(stage)
     inputs = Inputs(run.settings(settings), dict(parents), data)
     begun = Inputs(resumable_as(inputs.settings), inputs.parents, data)
-    if rebuilds(run.config.overwrite, run.stage) and not run.overwrite:
-        say(stage.name, f"this launch ({launches.present()}) has already rebuilt {directory}")
+    _heed_launch(run, directory, inputs, is_report)
     if not run.overwrite and (done := _find_up_to_date(run, directory, inputs, is_report)) is not None:
         recording.record(run, stage, inputs.settings)
         if not place.is_symlink():
@@ -137,6 +136,29 @@ def build(
         log_output(artifact)
     stopping.raise_if_asked(f" after stage={stage.name}")
     return artifact
+
+
+def _heed_launch(run: Run, directory: Path, inputs: Inputs, is_report: bool) -> None:
+    """Say that the present launch has rebuilt the stage already, so that `overwrite` does not rebuild it again.
+
+    Several commands may have the name of one launch. So `overwrite` does rebuild a model that was made with other
+    inputs, and any result that is damaged.
+    """
+    if run.overwrite or not rebuilds(run.config.overwrite, run.stage):
+        return
+    try:
+        done = load(directory)
+    except UserError:
+        run.overwrite = True
+        return
+    if not is_report and _differences(_made_with(done), inputs.plain()):
+        run.overwrite = True
+        return
+    say(done.stage, f"this launch ({launches.present()}) has already rebuilt {directory}")
+
+
+def _made_with(done: Artifact) -> dict[str, Any]:
+    return {"settings": done.settings, "parents": done.parents, "data": done.data}
 
 
 def _check_inputs(run: Run, stage: Stage, inputs: Sequence[Artifact]) -> None:
@@ -171,8 +193,7 @@ def _find_up_to_date(run: Run, directory: Path, inputs: Inputs, is_report: bool)
     if not (directory / ARTIFACT_FILE).is_file():
         return None
     done = load(directory)
-    before = {"settings": done.settings, "parents": done.parents, "data": done.data}
-    differences = _differences(before, inputs.plain())
+    differences = _differences(_made_with(done), inputs.plain())
     if differences and not is_report:
         raise _changed(run, done.directory, "is complete, but was made with other inputs", differences)
     if differences:

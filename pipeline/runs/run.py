@@ -48,6 +48,7 @@ class Run:
         recipe: name of the recipe.
         directory: directory of the run.
         overwrite: whether to rebuild a complete stage. It is False for a stage that the present launch has completed.
+            `build` sets it to True if that result is damaged, or is a model with other inputs.
         asked_part: name of the part (see `runs.parts`) that the user asked for, or None.
     """
 

@@ -47,6 +47,24 @@ def test_the_processes_know_the_command_that_hints_name(tmp_path: Path, slurm: d
     assert outcome.stdout == f"{name}{REPOSITORY}/scripts/launch --processes 2\n"
 
 
+def test_only_the_same_command_of_a_slurm_step_has_the_same_launch_and_never_in_a_shell(tmp_path: Path) -> None:
+    interpreter = tmp_path / "python"
+    interpreter.write_text('#!/bin/sh\necho "${GPT_OSS_QAT_LAUNCH-none}"\n')
+    interpreter.chmod(0o755)
+
+    def name(*arguments: str, **more: str) -> str:
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", **more}
+        return launch("--processes", "1", *arguments, PYTHON=str(interpreter), **slurm).stdout.strip()
+
+    first = name("stage=sft", "overwrite=true")
+    assert first.startswith("slurm-7.0-")
+    assert name("stage=sft", "overwrite=true", SLURM_RESTART_COUNT="1") == first
+    others = [name("stage=qat", "overwrite=true"), name("stage=sft", "overwrite=true", SLURM_STEP_ID="1")]
+    assert len({first, *others}) == 3
+    assert name("stage=sft", "overwrite=true", SLURM_PTY_PORT="33333") == "none"
+    assert name("stage=sft", "overwrite=true", SLURM_STEP_ID="4294967290") == "none"
+
+
 def test_under_slurm_the_launcher_meets_at_the_first_node_and_restarts() -> None:
     slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "123456", "MASTER_ADDR": "node1"}
     outcome = launch("--processes", "8", "--dry-run", "stage=sft", **slurm)

@@ -29,15 +29,15 @@ def no_launch_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches, "_present", None)
 
 
-def build(run_dir: Path, text: str = "") -> str:
-    """Build `sft` with overwrite=true. Return the contents of its only file."""
+def build(run_dir: Path, text: str = "", parent: str = "u") -> str:
+    """Build `sft` from a parent, with overwrite=true. Return the contents of its only file."""
 
     def work(directory: Path) -> Result:
         (directory / "model.safetensors").write_text(text)
         return Result(Kind.checkpoint, StageRecord())
 
     run = Run(PipelineConfig(stage=Stage.sft, run_dir=str(run_dir), overwrite=True))
-    building.build(run, Stage.sft, settings=(), parents={}, work=work)
+    building.build(run, Stage.sft, settings=(), parents={"upcast": parent}, work=work)
     return (run_dir / "sft" / "model.safetensors").read_text()
 
 
@@ -51,6 +51,18 @@ def test_a_command_that_its_launch_repeats_keeps_what_it_has_rebuilt(
     assert "[sft] this launch (first) has already rebuilt" in capsys.readouterr().out
     begin(monkeypatch, "second")
     assert build(tmp_path, "second") == "second"
+
+
+def test_a_result_that_is_damaged_or_has_other_inputs_is_rebuilt_by_its_own_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Commands of one shell may have the name of one launch. `overwrite` is never ignored if it is needed."""
+    begin(monkeypatch, "mine")
+    assert build(tmp_path, "first") == "first"
+    assert build(tmp_path, "second", parent="rebuilt") == "second"
+    (tmp_path / "sft" / "model.safetensors").unlink()
+    assert build(tmp_path, "third", parent="rebuilt") == "third"
+    assert "has already rebuilt" not in capsys.readouterr().out
 
 
 def test_every_command_without_a_launcher_rebuilds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
