@@ -15,6 +15,9 @@ from pipeline.config.training import Method, Precision, SftConfig, TrainConfig
 DIRECTORY = Stage.controls.name
 """Subdirectory of run_dir. It holds one run directory for each control."""
 
+CONTROL_FILE = "control.json"
+"""File in a control's directory. It names the stage that makes the control's model."""
+
 MORE_SFT, BF16_PARTS = "more_sft", "bf16_parts"
 """Names of the controls that train. Each other control has the name of its rounding method."""
 

@@ -125,7 +125,7 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
         if (warning := describe_other_base(read_adapter_config(directory), base, run.config.model.path)) is not None:
             warn(run.stage.name, f"{key}={source}: {warning}.")
         return replace(on_base(directory, base), name=source)
-    ref = in_directory(directory, controls.remedy(directory.parent) if is_control(source) else None)
+    ref = in_directory(directory, controls.remedy_of(directory) if is_control(source) else None)
     if ref.name == exports.NAME and (name := exports.name_of(run, directory)) is not None:
         return replace(ref, name=name)
     is_own = (directory / ARTIFACT_FILE).is_file() and directory == run.stage_dir(ref.name)

@@ -1,10 +1,12 @@
 """Commands of this program, as messages show them, and the command that runs now."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import ExportTarget, PipelineConfig, Stage
+from pipeline.config.controls import CONTROL_FILE
 from pipeline.config.controls import DIRECTORY as CONTROLS_DIR
 from pipeline.config.groups import RECIPE
 from pipeline.config.overrides import assignment, belongs_to_run, by_key, key_of, shown
@@ -89,15 +91,10 @@ def stage_command(
 def run_command(stage: Stage, run_dir: str, *overrides: str, recipe: str = PipelineConfig.recipe) -> str:
     """Return the command that runs a stage of a run with the run's settings.
 
-    It names the settings that the run has not recorded itself. A stage of a control is run by `stage=controls`. With
-    overwrite=true, this stage would make all controls again. So the command deletes the one control instead, whose
-    links to the main run `rm -r` does not follow.
+    It names the settings that the run has not recorded itself. A stage of a control is run by `stage=controls`.
     """
-    directory = Path(run_dir)
-    if directory.parent.name == CONTROLS_DIR:
-        further = [each for each in overrides if each != _REBUILD]
-        removal = f"rm -r {shlex.quote(run_dir)} && " if _REBUILD in overrides else ""
-        return removal + run_command(Stage.controls, str(directory.parent.parent), *further, recipe=recipe)
+    if _is_control(_absolute(run_dir)):
+        return _command_of_control(stage, Path(run_dir), overrides, recipe)
     needed = _needed(run_dir)
     if needed is None:
         return stage_command(stage, *overrides, run_dir=run_dir, recipe=recipe)
@@ -105,6 +102,31 @@ def run_command(stage: Stage, run_dir: str, *overrides: str, recipe: str = Pipel
     first = [text for key, text in needed.items() if key == RECIPE]
     more = ["--config-dir", _current.config_dir] if first and _current is not None and _current.config_dir else []
     return shown([*more, f"stage={stage.name}", *first, assignment("run_dir", run_dir), *own.values(), *overrides])
+
+
+def _is_control(directory: Path) -> bool:
+    """Return whether a directory is a control's. Any other directory may be a run of the user."""
+    return directory.parent.name == CONTROLS_DIR and (directory / CONTROL_FILE).is_file()
+
+
+def _command_of_control(stage: Stage, control: Path, overrides: Sequence[str], recipe: str) -> str:
+    """Return the command that runs a stage of a control, or all its stages for `Stage.controls`.
+
+    A stage that is a link belongs to the main run. With overwrite=true, `stage=controls` would make all controls again.
+    So the command deletes only the stage, and the stages of the control that are made from it.
+    """
+    main = str(control.parent.parent)
+    if (control / stage.name).is_symlink():
+        return run_command(stage, main, *overrides, recipe=recipe)
+    further = [each for each in overrides if each != _REBUILD]
+    command = run_command(Stage.controls, main, *further, recipe=recipe)
+    if _REBUILD not in overrides:
+        return command
+    order = list(Stage)
+    first = 0 if stage is Stage.controls else order.index(stage)
+    places = [control / each.name for each in order[first:]]
+    made = [shlex.quote(str(place)) for place in places if place.is_dir() and not place.is_symlink()]
+    return f"rm -r {' '.join(made)} && {command}" if made else command
 
 
 def rebuild_command(directory: Path) -> str | None:

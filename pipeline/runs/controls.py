@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.config import Stage
-from pipeline.config.controls import DIRECTORY, Control, controls_of
+from pipeline.config.controls import CONTROL_FILE, DIRECTORY, Control, controls_of
 from pipeline.errors import UserError
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, load
 from pipeline.runs.commands import run_command
@@ -14,9 +14,6 @@ from pipeline.runs.json_files import read_record, seal, write_json
 from pipeline.runs.processes import is_main_process, wait_for_everyone
 from pipeline.runs.run import DATA_DIR, PREDICTIONS_DIR, SOURCE_DIR, START, Run
 from pipeline.runs.settings import choose_settings
-
-CONTROL_FILE = "control.json"
-"""File in a control's directory. It names the stage that makes the control's model."""
 
 _SHARED = (SOURCE_DIR, DATA_DIR, PREDICTIONS_DIR)
 
@@ -37,12 +34,21 @@ class Made:
 
     def check_files(self) -> None:
         """Raise UserError if a file of the model is missing or has another size."""
-        load(self.artifact.directory, remedy=remedy(self.artifact.directory.parent))
+        load(self.artifact.directory, remedy=remedy_of(self.artifact.directory))
 
 
 def remedy(directory: Path) -> str:
-    """Return the advice for a control whose files are damaged or stale: make it again, or go on without it."""
-    command = run_command(Stage.controls, str(directory), "overwrite=true")
+    """Return the advice for a control that is stale: make all its stages again, or go on without it."""
+    return _advise(directory, run_command(Stage.controls, str(directory), "overwrite=true"))
+
+
+def remedy_of(stage: Path) -> str:
+    """Return the advice for a directory of a control's stage that is damaged: make it again, or go on without it."""
+    first = Stage.__members__.get(stage.name, Stage.controls)
+    return _advise(stage.parent, run_command(first, str(stage.parent), "overwrite=true"))
+
+
+def _advise(directory: Path, command: str) -> str:
     return f"Make it again: {command}. To go on without it, delete {directory}."
 
 
@@ -88,7 +94,7 @@ def find_made(main: Run) -> Iterator[Made]:
         stage = _read_stage(file)
         directory = file.parent / stage
         if (directory / ARTIFACT_FILE).is_file():
-            artifact = load(directory, check_files=False, remedy=remedy(file.parent))
+            artifact = load(directory, check_files=False, remedy=remedy_of(directory))
             yield Made(f"{DIRECTORY}/{file.parent.name}/{stage}", artifact, _staleness(main, artifact))
 
 
@@ -97,7 +103,8 @@ def _read_stage(file: Path) -> str:
     try:
         return Stage[read_record(file)["stage"]].name
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not readable ({error!r}). {remedy(file.parent)}") from error
+        advice = _advise(file.parent, run_command(Stage.controls, str(file.parent)))  # every command writes the file
+        raise UserError(f"{file}: not readable ({error!r}). {advice}") from error
 
 
 def _staleness(main: Run, artifact: Artifact) -> str | None:

@@ -323,10 +323,25 @@ def test_a_command_is_short_if_the_run_knows_itself_and_whole_if_not(built: list
 
 def test_a_stage_of_a_control_is_made_by_controls(built: list[PipelineConfig]) -> None:
     assert run_program("stage=upcast", *MADE) == 0
-    command = commands.run_command(Stage.quantize, "r/controls/more_sft", "overwrite=true")
-    assert command == "rm -r r/controls/more_sft && python -m pipeline stage=controls run_dir=r"
-    command = commands.run_command(Stage.quantize, "r/controls/more_sft", "qat.seed=1")
-    assert command == "python -m pipeline stage=controls run_dir=r qat.seed=1"
+    control = Path("r/controls/more_sft")
+    for name in ("sft", "quantize"):
+        (control / name).mkdir(parents=True)
+    (control / "upcast").symlink_to("../../upcast")
+    (control / "control.json").touch()
+    made_by = "python -m pipeline stage=controls run_dir=r"
+    for stage, removed in (("quantize", "{0}/quantize"), ("sft", "{0}/sft {0}/quantize")):
+        command = commands.run_command(Stage[stage], str(control), "overwrite=true")
+        assert command == f"rm -r {removed.format(control)} && {made_by}"
+    assert commands.run_command(Stage.quantize, str(control), "qat.seed=1") == f"{made_by} qat.seed=1"
+    command = commands.run_command(Stage.upcast, str(control), "overwrite=true")
+    assert command == "python -m pipeline stage=upcast run_dir=r overwrite=true"
+
+
+def test_no_advice_deletes_a_run_that_only_has_the_place_of_a_control(tmp_path: Path) -> None:
+    run_dir = tmp_path / "experiments" / "controls" / "run1"
+    (run_dir / "sft").mkdir(parents=True)
+    command = commands.run_command(Stage.sft, str(run_dir), "overwrite=true")
+    assert command == f"python -m pipeline stage=sft run_dir={run_dir} overwrite=true"
 
 
 def test_the_export_of_a_target_is_rebuilt_by_a_command_that_names_the_target(built: list[PipelineConfig]) -> None:
