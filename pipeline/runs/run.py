@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import DEFAULT_TARGET, PipelineConfig, QuantizeSource, Stage, rebuilds
+from pipeline.config.controls import is_control
 from pipeline.config.overrides import assignment
 from pipeline.config.secrets import without_secrets
 from pipeline.errors import UserError
@@ -152,17 +153,19 @@ class Run:
                 yield name, load(self.stage_dir(name), check_files=False), fingerprint
 
     def _exported(self, export: Artifact) -> Iterator[tuple[str, Artifact, str]]:
-        """Yield the model that an export was made from, as `_parents`. If it is at no known place, yield nothing.
+        """Yield the model that an export was made from, as `_parents`. If it is not where it was, yield nothing.
 
-        The run may have been moved or copied, or the model may be in another run. So two places are possible.
+        A model of the run or of a control is looked for in this run alone. The path at which it was exported may hold
+        another run, because runs are moved and copied. Only a model that the user named by its path is sought there.
         """
         record, fingerprint = export.read(ExportRecord), export.parents["model"]
         name = record.exported_from
-        own = self.stage_dir(name) if name in Stage.__members__ else self.directory / name
-        places = dict.fromkeys([own, Path(record.exported_directory)])
-        there = [load(place, check_files=False) for place in places if (place / ARTIFACT_FILE).is_file()]
-        if there:
-            yield name, next((each for each in there if each.fingerprint == fingerprint), there[0]), fingerprint
+        if name in Stage.__members__:
+            place = self.stage_dir(name)
+        else:
+            place = self.directory / name if is_control(name) else Path(record.exported_directory)
+        if (place / ARTIFACT_FILE).is_file():
+            yield name, load(place, check_files=False), fingerprint
 
     def _rebuild_command(self, artifact: Artifact) -> str:
         place, source = locate(artifact.directory), artifact.settings.get(_EXPORT_SOURCE)

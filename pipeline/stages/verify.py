@@ -15,6 +15,7 @@ from pipeline.checkpoints.config_json import CONFIG, read_config
 from pipeline.checkpoints.gpt_oss import MODEL_TYPE
 from pipeline.checkpoints.side_files import ADAPTER_CONFIG
 from pipeline.config import PipelineConfig, Stage
+from pipeline.config.controls import is_control
 from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import load_rows
 from pipeline.data.tokenizers import load_tokenizer
@@ -315,22 +316,28 @@ def _export(directory: Path, reference: Source) -> Artifact:
 def _trained(here: Run, export: Artifact) -> tuple[ModelRef | None, str]:
     """Return the model that the export was made from. If it is unknown, return None and the reason."""
     directory, record = export.directory, export.read(ExportRecord)
-    origins = (export.run_directory / record.exported_from, Path(record.exported_directory))
-    there = [
-        references.find(here, str(origin), (), "exported_directory")
-        for origin in dict.fromkeys(origins)
-        if origin.is_dir()
-    ]
-    for ref in there:
+    name, own, former = (
+        record.exported_from,
+        export.run_directory / record.exported_from,
+        Path(record.exported_directory),
+    )
+    is_of_run = name in Stage.__members__ or is_control(name)
+    there = {
+        origin: references.find(here, str(origin), (), "exported_directory")
+        for origin in (own, former)
+        if (origin / ARTIFACT_FILE).is_file() or (origin.is_dir() and not is_of_run)
+    }
+    for ref in there.values():
         if ref.fingerprint == export.parents["model"]:
             return ref, ""
-    if there:
+    # The run may have been moved since, and another run may be at its former place.
+    if (earlier := there.get(own if is_of_run else former)) is not None:
         again = here.command(Stage.export, f"export.target={record.target}", "overwrite=true")
         raise UserError(
-            f"{directory} was made from an earlier {there[0].name} ({there[0].directory} has changed since)."
+            f"{directory} was made from an earlier {earlier.name} ({earlier.directory} has changed since)."
             f" Export again: {again}"
         )
-    return None, f"the model that it was made from, {origins[-1]}, no longer exists"
+    return None, f"the model that it was made from, {former}, no longer exists"
 
 
 def _record(check: "Check") -> dict[str, Any]:

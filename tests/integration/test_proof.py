@@ -152,6 +152,19 @@ def test_a_moved_run_is_still_proven(tmp_path: Path, smoke_run: Path) -> None:
     assert report_of(run)["trained_model"] == str(run / "qat")
 
 
+def test_another_run_at_the_former_place_of_a_moved_run_does_not_refute_its_export(
+    tmp_path: Path, smoke_run: Path
+) -> None:
+    run = Path(shutil.copytree(smoke_run, tmp_path / "moved", ignore=shutil.ignore_patterns("qat"), symlinks=True))
+    former = shutil.copytree(smoke_run / "sft", tmp_path / "former" / "qat")
+    export = (run / "export" / "artifact.json").resolve()
+    record = json.loads(export.read_text())
+    record["details"]["exported_directory"] = str(former)
+    write_json(export, seal({key: record[key] for key in record.keys() - {"checksum"}}))
+    assert run_program("stage=verify", "recipe=smoke", *SHORT, f"run_dir={run}", "overwrite=true") == 0
+    assert report_of(run)["trained_model"] is None
+
+
 def leave_unfinished(export: Path) -> None:
     (export / "artifact.json").rename(export / "unfinished.json")
 

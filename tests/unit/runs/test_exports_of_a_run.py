@@ -85,6 +85,21 @@ def test_a_removed_model_does_not_make_its_exports_stale(run: Path) -> None:
     assert exports.find_stale(run_of(run)) == {}
 
 
+@pytest.mark.parametrize("name", ["qat", "controls/stochastic/quantize"])
+def test_a_new_run_at_the_former_place_of_a_moved_run_makes_no_export_stale(
+    run: Path, tmp_path: Path, name: str
+) -> None:
+    details = json.loads((run / "export" / "bf16" / "artifact.json").read_text())["details"]
+    record(tmp_path / "former" / name, fingerprint="another model")
+    former = {"exported_from": name, "exported_directory": str(tmp_path / "former" / name)}
+    add(run / "export" / "bf16", details={**details, **former})
+    shutil.rmtree(run / "qat")
+    assert exports.require(run_of(run, "bf16")).directory.name == "bf16"
+    record(run / name, fingerprint="rebuilt in this run")
+    with pytest.raises(UserError, match=f"was made from an earlier {name}, which was rebuilt later"):
+        exports.require(run_of(run, "bf16"))
+
+
 def test_evaluate_and_compare_leave_stale_exports_out(run: Path) -> None:
     rebuild_qat(run)
     assert [ref.directory.name for ref in references.export_refs(run_of(run))] == ["gguf"]
