@@ -33,6 +33,11 @@ class Target:
     library: str | None = None
     fp32: tuple[str, ...] = ()
 
+    @property
+    def is_loadable(self) -> bool:
+        """Whether transformers can load the layout."""
+        return self.library == "transformers"
+
     def is_fp32(self, name: str) -> bool:
         """Return whether the layout stores a tensor in FP32. Do not call it for expert weights (see `expert_bits`)."""
         return any(part in name for part in self.fp32)

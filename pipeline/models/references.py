@@ -191,11 +191,15 @@ def stage_ref(run: Run, stage: Stage) -> ModelRef:
     """Return the model of a complete stage of this run.
 
     Raises:
-        UserError: the stage is stale or damaged; or it is `export`, export.target is null, and an export is unfinished.
+        UserError: the stage is stale or damaged; or it is `export`, export.target is null, and an export that
+            transformers can load is unfinished.
     """
-    if stage is Stage.export:
-        passing_over.raise_if_export_is_passed_over(run)
-    return export_ref(run, _loadable_export(run)) if stage is Stage.export else of_artifact(run.require(stage))
+    if stage is not Stage.export:
+        return of_artifact(run.require(stage))
+    target = _loadable_export(run)
+    if target is not None:
+        passing_over.raise_if_export_is_passed_over(run, target, models_only=True)
+    return export_ref(run, target)
 
 
 def export_ref(run: Run, target: str | None) -> ModelRef:

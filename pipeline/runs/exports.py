@@ -79,7 +79,7 @@ def choose_to_verify(run: Run) -> Run:
     if not run.is_complete(Stage.export):
         return run
     if run.asked_part is None:
-        passing_over.raise_if_export_is_passed_over(run)
+        passing_over.raise_if_export_is_passed_over(run, run.part)
         if others := [name for name in parts.complete(place) if name != run.part]:
             taken = run.stage_dir(Stage.export)
             say_if_needed(run.stage.name, f"takes {taken}; export.target chooses another: {', '.join(others)}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Stage
+from pipeline.config.targets import TARGETS
 from pipeline.errors import UserError
 from pipeline.runs import parts
 from pipeline.runs.artifacts import ARTIFACT_FILE, MODEL_STAGES, UNFINISHED_FILE, Artifact
@@ -27,13 +28,21 @@ class Unfinished:
     command: str
 
 
-def find_unfinished(run: Run, among: Sequence[Stage]) -> list[Unfinished]:
-    """List the stages that have begun and are not complete. Each export counts on its own."""
+def find_unfinished(run: Run, among: Sequence[Stage], models_only: bool = False) -> list[Unfinished]:
+    """List the stages that have begun and are not complete. Each export counts on its own.
+
+    Args:
+        run: the run.
+        among: the stages to look at.
+        models_only: whether to leave out exports in layouts that transformers cannot load.
+    """
     found = []
     for stage in among:
         if stage.name in parts.STAGES:
             for target, directory in parts.unfinished(run.place(stage)).items():
-                command = run.command(stage, f"export.target={target}")
+                if models_only and target in TARGETS and not TARGETS[target].is_loadable:
+                    continue
+                command = run.command(stage, f"export.target={target}", *run.export_source(directory))
                 found.append(Unfinished(f"{stage.name}/{target}", directory, command))
             continue
         directory = run.stage_dir(stage)
@@ -43,7 +52,7 @@ def find_unfinished(run: Run, among: Sequence[Stage]) -> list[Unfinished]:
 
 
 def raise_if_passed_over(run: Run, chosen: Stage, among: Sequence[Stage], key: str) -> None:
-    """Raise UserError if a stage after the chosen one is unfinished.
+    """Raise UserError if a stage after the chosen one is unfinished. Exports that are no models do not count.
 
     Args:
         run: the run.
@@ -52,7 +61,7 @@ def raise_if_passed_over(run: Run, chosen: Stage, among: Sequence[Stage], key: s
         key: the setting that names a stage explicitly.
     """
     later = among[among.index(chosen) + 1 :]
-    if run.is_complete(chosen) and (unfinished := find_unfinished(run, later)):
+    if run.is_complete(chosen) and (unfinished := find_unfinished(run, later, models_only=True)):
         last = unfinished[-1]
         raise UserError(
             f"{last.directory} is unfinished, so {key} is not clear. Finish {last.name}: {last.command}. Or take the"
@@ -60,14 +69,19 @@ def raise_if_passed_over(run: Run, chosen: Stage, among: Sequence[Stage], key: s
         )
 
 
-def raise_if_export_is_passed_over(run: Run) -> None:
-    """Raise UserError if export.target is null, and an export is unfinished beside the complete one of `Run.part`."""
-    is_open = run.asked_part is None and run.is_complete(Stage.export)
-    if is_open and (unfinished := find_unfinished(run, [Stage.export])):
+def raise_if_export_is_passed_over(run: Run, taken: str, models_only: bool = False) -> None:
+    """Raise UserError if export.target is null, and an export is unfinished beside the complete one.
+
+    Args:
+        run: the run.
+        taken: target of the complete export.
+        models_only: as for `find_unfinished`.
+    """
+    if run.asked_part is None and (unfinished := find_unfinished(run, [Stage.export], models_only)):
         last = unfinished[-1]
         raise UserError(
             f"{last.directory} is unfinished, so export.target is not clear. Finish {last.name}: {last.command}. Or"
-            f" take the complete export: {run.command(run.stage, f'export.target={run.part}')}"
+            f" take the complete export: {run.command(run.stage, f'export.target={taken}')}"
         )
 
 

@@ -115,6 +115,7 @@ class Run:
         if not (directory / ARTIFACT_FILE).is_file():
             state = "unfinished" if directory.is_dir() else "missing"
             target = [f"export.target={self.part}"] if stage.name in parts.STAGES and self.asked_part else []
+            target += self.export_source(directory) if stage is Stage.export else []
             first = self.command(stage, *target, run_dir=self.config.base_run)
             if self._shared is not None:
                 first += ", or this command with that stage"
@@ -166,6 +167,18 @@ class Run:
             place = self.directory / name if is_control(name) else Path(record.exported_directory)
         if (place / ARTIFACT_FILE).is_file():
             yield name, load(place, check_files=False), fingerprint
+
+    def export_source(self, directory: Path) -> list[str]:
+        """Return the override for the source with which an unfinished export was begun. It is empty without a source.
+
+        It is also empty if unfinished.json is not readable. The export then says so itself.
+        """
+        try:
+            before = self.read_unfinished(directory)
+        except UserError:
+            return []
+        source = None if before is None else before["settings"].get(_EXPORT_SOURCE)
+        return [assignment(_EXPORT_SOURCE, source)] if isinstance(source, str) else []
 
     def _rebuild_command(self, artifact: Artifact) -> str:
         place, source = locate(artifact.directory), artifact.settings.get(_EXPORT_SOURCE)

@@ -77,7 +77,7 @@ def _refs(here: Run, source: str | None) -> list[ModelRef]:
         raise UserError(
             f"evaluate.source={_ALL}: {here.config.run_dir} has no model yet. Run first: {here.command(Stage.upcast)}"
         )
-    for each in passing_over.find_unfinished(here, EVALUATED_STAGES):
+    for each in passing_over.find_unfinished(here, EVALUATED_STAGES, models_only=True):
         warn("evaluate", f"{each.name}: skipped, because it is unfinished. Finish it: {each.command}")
     stages = [references.stage_ref(here, stage) for stage in complete if stage is not Stage.export]
     stages += references.export_refs(here)

@@ -10,11 +10,13 @@ from exports import EXPORTED, make_export, prove
 
 from pipeline.compare.runs import EvaluatedRun
 from pipeline.config import ExportConfig, ExportTarget, ModelConfig, PipelineConfig, Stage
+from pipeline.config.targets import TARGETS
 from pipeline.errors import UserError
+from pipeline.export import EXPORTERS
 from pipeline.models import references
 from pipeline.runs import artifacts, commands, exports, parts, passing_over
-from pipeline.runs.artifacts import EVALUATED_STAGES, Artifact
-from pipeline.runs.run import Run
+from pipeline.runs.artifacts import EVALUATED_STAGES, Artifact, Kind
+from pipeline.runs.run import Run, write_unfinished
 
 
 def run_of(directory: Path, target: str | None = None, stage: Stage = Stage.serve) -> Run:
@@ -26,6 +28,13 @@ def make(directory: Path, target: str, model: str = "m") -> Artifact:
     return make_export(
         run_of(directory, target, Stage.export).config, target, EXPORTED, parents={"model": model, "source": "s"}
     )
+
+
+def begin_export(directory: Path, source: str | None = None) -> None:
+    """Leave an export unfinished, as an interruption does."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    write_unfinished(directory, {"settings": {"export.source": source}, "parents": {}, "data": None})
 
 
 @pytest.fixture
@@ -127,6 +136,28 @@ def test_an_unfinished_export_is_not_passed_over(run: Path) -> None:
     assert exports.require(run_of(run, "gguf")).directory.name == "gguf"
     (found,) = passing_over.find_unfinished(run_of(run), EVALUATED_STAGES)
     assert found.name == "export/mxfp4" and found.command.endswith("export.target=mxfp4")
+
+
+def test_an_unfinished_export_that_transformers_cannot_load_stops_no_evaluation(run: Path) -> None:
+    make(run, "mxfp4")
+    begin_export(run / "export" / "gguf")
+    here = run_of(run, stage=Stage.evaluate)
+    ref = references.find(here, None, EVALUATED_STAGES, "evaluate.source")
+    assert ref.directory == run / "export" / "mxfp4"
+    assert passing_over.find_unfinished(here, EVALUATED_STAGES, models_only=True) == []
+    begin_export(run / "export" / "bf16")
+    with pytest.raises(UserError, match=r"bf16 is unfinished, .* take the complete export: .* export\.target=mxfp4"):
+        references.find(here, None, EVALUATED_STAGES, "evaluate.source")
+    for target, exporter in EXPORTERS.items():
+        assert TARGETS[target].is_loadable == (exporter.kind is not Kind.foreign)
+
+
+def test_the_command_that_finishes_an_export_repeats_its_source(run: Path) -> None:
+    begin_export(run / "export" / "mxfp4", source="quantize")
+    with pytest.raises(UserError, match=r"Finish export/mxfp4: .* export\.target=mxfp4 export\.source=quantize\. Or"):
+        exports.require(run_of(run))
+    with pytest.raises(UserError, match=r"Run first: .* export\.target=mxfp4 export\.source=quantize$"):
+        run_of(run, "mxfp4").require(Stage.export)
 
 
 def test_the_choice_stays_if_another_export_is_made_meanwhile(run: Path) -> None:
