@@ -9,10 +9,10 @@ from typing import Any
 
 from pipeline.config import DEFAULT_TARGET, PipelineConfig, QuantizeSource, Stage, rebuilds
 from pipeline.config.controls import is_control
-from pipeline.config.overrides import assignment
+from pipeline.config.overrides import assignment, plain_value
 from pipeline.config.secrets import without_secrets
 from pipeline.errors import UserError
-from pipeline.runs import launches, parts
+from pipeline.runs import launches, own_settings, parts
 from pipeline.runs.artifacts import (
     ARTIFACT_FILE,
     ARTIFACT_VERSION,
@@ -35,7 +35,8 @@ SOURCE_DIR, DATA_DIR, PREDICTIONS_DIR = "source", "data", "predictions"
 
 The predictions are safe to delete.
 """
-_MODEL_PATH, _EXPORT_SOURCE = "model.path", "export.source"
+_EXPORT_SOURCE, _START_PATH = "export.source", "sft.start"
+_PATHS = ("model.path", "data.path", "data.validation.path")
 START = "start"
 """Name of the parent that is the model in `sft.start`."""
 
@@ -253,8 +254,24 @@ class Run:
         artifact = load(directory, check_files=False)
         parents = [parent for parent in artifact.parents if parent in Stage.__members__]
         has_same_parents = all(self.stage_dir(parent) == directory.with_name(parent) for parent in parents)
-        is_same = _are_same(artifact.settings, self.settings(artifact.settings))
-        return has_same_parents and is_same and artifact.parents.get(START) == self._start_of(name)
+        return (
+            has_same_parents
+            and self._gives_same(artifact.settings)
+            and artifact.parents.get(START) == self._start_of(name)
+        )
+
+    def _gives_same(self, settings: Settings) -> bool:
+        """Whether this run gives the settings of a stage of `base_run`. Two paths of one model or data set are equal.
+
+        A relative path starts where `base_run` was made, not where this command runs. command.yaml knows the place.
+        """
+        now = self.settings(settings)
+        different = {key for key in {*settings, *now} if settings.get(key) != now.get(key)} - {_START_PATH}
+        if not different <= set(_PATHS):
+            return False
+        own = None if not different or self._shared is None else own_settings.read(self._shared)
+        known = {} if own is None else own.overrides
+        return all(_is_same_place(settings.get(key), now.get(key), known.get(key)) for key in different)
 
     def _start_of(self, stage: str) -> str | None:
         """Return the fingerprint of the model in `sft.start`, or None if the stage does not start from it."""
@@ -264,13 +281,20 @@ class Run:
         return load(_absolute(start), check_files=False).fingerprint
 
 
-def _are_same(one: Settings, other: Settings) -> bool:
-    """Whether settings are equal. Two spellings of the path of one model are equal."""
-    different = {key for key in {*one, *other} if one.get(key) != other.get(key)}
-    if different != {_MODEL_PATH}:
-        return not different
-    places = [_absolute(settings[_MODEL_PATH]) for settings in (one, other)]
-    return all(place.is_dir() for place in places) and places[0].samefile(places[1])
+def _is_same_place(before: object, now: object, recorded: str | None) -> bool:
+    """Whether two paths lead to one file or directory.
+
+    Args:
+        before: the path in a stage of `base_run`, which may be relative to an unknown directory.
+        now: the path in this run's settings.
+        recorded: the override with this path that `base_run` has recorded. Its path is valid in the working directory.
+    """
+    if not isinstance(before, str) or not isinstance(now, str):
+        return False
+    place, whole = _absolute(before), recorded and plain_value(recorded)
+    if whole and _absolute(whole).parts[-len(Path(before).parts) :] == Path(before).parts:
+        place = _absolute(whole)
+    return place.exists() and _absolute(now).exists() and place.samefile(_absolute(now))
 
 
 def _read_unfinished(directory: Path) -> dict[str, Any] | None:
