@@ -76,13 +76,20 @@ def note() -> dict[str, Any]:
 
 
 def _agent() -> str | None:
-    """Name the agent by its process id and its start. Return None without an agent, or if /proc does not show it."""
+    """Name the agent by its process id and its start. Return None without an agent, or if /proc does not show it.
+
+    Only the processes that an agent starts have its variable, and not the agent. If the parent has it too, the parent
+    is a program that an agent has started. Its commands are launches of their own.
+    """
     if _OF_AGENTS not in os.environ:
         return None
-    number = os.getppid()
+    number, own = os.getppid(), f"{_OF_AGENTS}={os.environ[_OF_AGENTS]}".encode()
     try:
+        is_inherited = own in Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         started = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[_START_TIME]
     except OSError:
+        return None
+    if is_inherited:
         return None
     return xxhash.xxh3_128_hexdigest(f"{os.environ[_OF_AGENTS]} {boot} {number} {started}".encode())[:_LENGTH]

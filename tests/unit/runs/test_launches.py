@@ -1,6 +1,7 @@
 """A launch that repeats its command rebuilds no stage that it has rebuilt already."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,22 @@ def test_processes_of_one_agent_belong_to_one_launch(monkeypatch: pytest.MonkeyP
         begin(monkeypatch)
         names.append(launches.present())
     assert names[0] == names[1] and len(set(names)) == 3
+
+
+@pytest.mark.parametrize(("inherited", "names"), [({}, 1), ({"TORCHELASTIC_RUN_ID": "none"}, 2)])
+def test_commands_of_a_program_that_an_agent_started_are_launches_of_their_own(
+    inherited: dict[str, str], names: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program has the agent's variable itself, and passes it on to its commands."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with subprocess.Popen(["sleep", "60"], env={"PATH": os.environ["PATH"], **inherited}) as parent:
+        monkeypatch.setattr(os, "getppid", lambda: parent.pid)
+        found = set()
+        for _ in range(2):
+            begin(monkeypatch)
+            found.add(launches.present())
+        parent.kill()
+    assert len(found) == names
 
 
 def test_a_restarted_all_discards_nothing_and_asks_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
