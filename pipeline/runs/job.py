@@ -34,9 +34,8 @@ def run_job(config: PipelineConfig, find_ahead: FindMore) -> "Artifact":
         console.note(config.stage.name, "loading PyTorch and other libraries, which takes a few seconds")
     other_libraries.silence()
     try:
-        preflight.check(config, find_ahead)
-        if config.overwrite is not False:
-            launches.agree()
+        preflight.check(config, lambda job, fits: _find_ahead(job, fits, find_ahead))
+        _agree(config)
         with tracking.one_hint(config.stage.name):
             for stage in Run(config).earlier_stages():
                 run_stage(replace(config, stage=stage, overwrite=False))
@@ -47,3 +46,16 @@ def run_job(config: PipelineConfig, find_ahead: FindMore) -> "Artifact":
         raise UserError(
             f"{error.filename!s:.60}…: the path of {len(str(error.filename))} characters is too long."
         ) from error
+
+
+def _find_ahead(config: PipelineConfig, is_launched_well: bool, find_ahead: FindMore) -> list[str]:
+    """Call `find_ahead`. It reads the run, so the processes first agree on their launch, if they can."""
+    if is_launched_well:
+        _agree(config)
+    return find_ahead(config, is_launched_well)
+
+
+def _agree(config: PipelineConfig) -> None:
+    """Let all processes have one launch if they look for its results. Agreeing again changes nothing."""
+    if config.overwrite is not False:
+        launches.agree()

@@ -8,7 +8,8 @@ import pytest
 from evaluated import record
 
 from pipeline.config import PipelineConfig, Stage
-from pipeline.runs import building, launches, rebuilding
+from pipeline.errors import UserError
+from pipeline.runs import building, job, launches, rebuilding
 from pipeline.runs.artifacts import Kind, Result
 from pipeline.runs.records import StageRecord
 from pipeline.runs.run import BEING_EMPTIED, Run, write_unfinished
@@ -129,3 +130,20 @@ def test_damaged_and_missing_records_belong_to_no_launch(tmp_path: Path, monkeyp
     (tmp_path / "artifact.json").write_text('{"launch": "mine", ')
     assert not launches.has_written(tmp_path / "artifact.json")
     assert not launches.has_written(tmp_path / "unfinished.json")
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_processes_agree_on_their_launch_before_they_read_the_run(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(launches, "agree", lambda: seen.append("agreed"))
+
+    def find_ahead(config: PipelineConfig, is_launched_well: bool) -> list[str]:
+        Run(config)
+        seen.append("read")
+        return ["a problem"]
+
+    with pytest.raises(UserError, match="a problem"):
+        job.run_job(PipelineConfig(stage=Stage.sft, run_dir=str(tmp_path), overwrite=overwrite), find_ahead)
+    assert seen == (["agreed", "read"] if overwrite else ["read"])
