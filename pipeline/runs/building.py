@@ -50,7 +50,7 @@ from pipeline.runs.json_files import seal, write_json
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import all_cores, is_main_process, on_main_process, wait_for_everyone
 from pipeline.runs.run import BEING_EMPTIED, Run, write_unfinished
-from pipeline.runs.settings import Settings, plain, without_data_paths, without_model_paths
+from pipeline.runs.settings import Settings, plain, without_data_paths, without_places
 from pipeline.runs.tracking import log_inputs, log_output, track
 
 
@@ -384,7 +384,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     same = {name for name, fingerprint in before["parents"].items() if now["parents"].get(name) == fingerprint}
 
     def strip(settings: Settings) -> Settings:
-        known = without_model_paths(settings, same)
+        known = without_places(settings, same)
         return without_data_paths(known) if has_same_data else known
 
     found = [

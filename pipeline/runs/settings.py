@@ -12,8 +12,15 @@ Settings = dict[str, Any]
 """Dotted key -> plain value. The section of `PipelineConfig` declares the type of the value."""
 
 _DATA_PATHS = ("data.path", "data.revision", "data.validation.path", "data.validation.revision", "data.streaming")
-_PARENT_OF_PATH = {"model.path": "source", "model.revision": "source", "export.source": "model"}
-"""Setting that names a model -> the parent that holds the fingerprint of its contents."""
+OWN_TASKS = "evaluate.lm_eval.include_path"
+_PARENT_OF_PATH = {
+    "model.path": "source",
+    "model.revision": "source",
+    "export.source": "model",
+    OWN_TASKS: OWN_TASKS,
+    **dict.fromkeys(("evaluate.prompts.path", "evaluate.prompts.revision"), "evaluate.prompts"),
+}
+"""Setting that names a model, prompts or tasks -> the parent that holds the fingerprint of their contents."""
 _BLEND = "data.blend"
 
 
@@ -36,8 +43,8 @@ def without_data_paths(settings: Settings) -> Settings:
     return kept
 
 
-def without_model_paths(settings: Settings, same: Collection[str]) -> Settings:
-    """Return the settings without the places of models whose contents are known. `same` names the equal parents."""
+def without_places(settings: Settings, same: Collection[str]) -> Settings:
+    """Return the settings without the places of models, prompts and tasks. `same` names the parents that are equal."""
     return {key: value for key, value in settings.items() if _PARENT_OF_PATH.get(key) not in same}
 
 

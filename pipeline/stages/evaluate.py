@@ -21,6 +21,7 @@ from pipeline.runs.console import say, warn
 from pipeline.runs.json_files import read_record, seal, write_json
 from pipeline.runs.records import EvaluateRecord
 from pipeline.runs.run import Run
+from pipeline.runs.settings import OWN_TASKS, without_data_paths, without_places
 from pipeline.runs.tracking import log_metrics
 
 _JUDGE = tuple(f"{judge.KEY}.{name}" for name in ("max_new_tokens", "attempts", "max_without_verdict"))
@@ -59,8 +60,10 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _asked(task: Task) -> dict[str, str]:
-    """Return fingerprints of the prompts that models answer, and of the judge."""
+    """Return fingerprints of the prompts that models answer, of the judge, and of the user's own tasks."""
     found = {_PROMPTS: prompts.fingerprint(task.questions)} if task.questions else {}
+    if task.suites is not None and (own_tasks := task.suites.own_fingerprint()) is not None:
+        found[OWN_TASKS] = own_tasks
     return found | ({judge.KEY: task.judge.fingerprint} if task.judge else {})
 
 
@@ -119,7 +122,7 @@ def _served_before(task: Task) -> list[Served]:
         if "served" not in record or (name == asked.name and asked.url):
             continue
         served = Served(**record["served"])
-        if record["inputs"] == _inputs(task, served, None) and not here.overwrite:
+        if _are_same(record["inputs"], _inputs(task, served, None)) and not here.overwrite:
             kept.append(served)
         else:
             say(
@@ -172,7 +175,16 @@ def _reference(here: Run, refs: list[ModelRef]) -> ModelRef | None:
 def _kept(path: Path, inputs: dict) -> dict[str, float] | None:
     """Return the figures of an earlier measurement if its inputs were the same, else None."""
     record = _read_measured(path)
-    return record["figures"] if record.get("inputs") == inputs else None
+    return record["figures"] if record and _are_same(record["inputs"], inputs) else None
+
+
+def _are_same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether inputs are the same. Data sets, prompts and tasks count by their contents, wherever they are."""
+    one, other = (
+        {**inputs, "settings": without_data_paths(without_places(inputs["settings"], inputs["asked"]))}
+        for inputs in (before, now)
+    )
+    return one == other
 
 
 def _read_measured(path: Path) -> dict[str, Any]:

@@ -57,6 +57,23 @@ def test_every_model_of_the_run_answers_the_same_prompts(run_dir: Path, smoke_ru
         assert before.items() <= results(run_dir)[name].items()  # answers do not change the other figures
 
 
+def test_prompts_by_another_path_are_not_asked_again(
+    unmeasured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"messages": [{"role": "user", "content": "3 + 4?"}]}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(unmeasured, *QUICK, "evaluate.source=sft", f"evaluate.prompts.path={questions.name}") == 0
+    measured = (unmeasured / "evaluate" / "sft.json").stat().st_ino
+    monkeypatch.chdir("elsewhere")
+    assert evaluate(unmeasured, *QUICK, "evaluate.source=sft", f"evaluate.prompts.path={questions}") == 0
+    assert "[evaluate] up to date" in capsys.readouterr().out
+    assert evaluate(unmeasured, *QUICK, "evaluate.source=upcast", f"evaluate.prompts.path={questions}") == 0
+    assert results(unmeasured).keys() == {"sft", "upcast"}
+    assert (unmeasured / "evaluate" / "sft.json").stat().st_ino == measured
+
+
 def test_the_export_gives_the_same_answers_as_its_source(run_dir: Path) -> None:
     arguments = (*QUICK, "evaluate.generation.temperature=1", "evaluate.generation.samples=2", "model.dtype=bfloat16")
     assert evaluate(run_dir, *arguments, "evaluate.source=all") == 0

@@ -1,6 +1,7 @@
 """Suites of lm-evaluation-harness: custom tasks over local data, on a tiny model and on a server."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -89,6 +90,18 @@ def likelihood(model: Any, tokenizer: Any, question: str, answer: str) -> float:
     with torch.no_grad():
         log_probs = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
     return sum(float(log_probs[i - 1, whole[i]]) for i in range(len(prompt), len(whole)))
+
+
+@pytest.mark.usefixtures("only_own_tasks")
+def test_own_tasks_count_by_their_contents_wherever_they_are(tasks: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(tasks, tmp_path / "moved"))
+    (moved / "__pycache__").mkdir()
+    (moved / "__pycache__" / "utils.pyc").touch()
+    before = Suites(settings(tasks, "own_choice")).own_fingerprint()
+    assert Suites(settings(moved, "own_choice")).own_fingerprint() == before is not None
+    with (moved / "free.yaml").open("a") as file:
+        file.write("\n")
+    assert Suites(settings(moved, "own_choice")).own_fingerprint() != before
 
 
 @pytest.mark.usefixtures("only_own_tasks")

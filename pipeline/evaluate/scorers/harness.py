@@ -7,10 +7,13 @@ in training (`data.rendering`), with the pinned date and effort. The answer is t
 """
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import xxhash
 
 from pipeline.config import EndpointApi, EndpointConfig, LmEvalConfig
 from pipeline.data.conversations import Conversation
@@ -20,12 +23,14 @@ from pipeline.evaluate.generation.client import read_key
 from pipeline.evaluate.generation.endpoint import KEY as ENDPOINT
 from pipeline.evaluate.generation.endpoint import Served
 from pipeline.evaluate.subject import Subject
+from pipeline.runs.artifacts import digests_of
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from transformers import PreTrainedModel
 
 KEY = "evaluate.lm_eval"
+_NO_TASK = re.compile(r"(^|/)(\.|__pycache__/)")
 _BEFORE_TEXT = "<|message|>"
 _ANSWER = "<|channel|>final<|message|>"
 """The beginning of an answer after the prompt, if a task gives its first words."""
@@ -62,6 +67,14 @@ class Suites:
                     for name in unknown
                 ]
             )
+
+    def own_fingerprint(self) -> str | None:
+        """Hash the files in `include_path`, or return None. Hidden files and Python's bytecode do not count."""
+        if self._settings.include_path is None:
+            return None
+        found = digests_of(Path(self._settings.include_path).expanduser())
+        own = {name: digest for name, digest in found.items() if not _NO_TASK.search(name)}
+        return xxhash.xxh3_128_hexdigest("".join(f"{name}\0{digest}\0" for name, digest in own.items()).encode())
 
     def score_model(self, model: "PreTrainedModel", rendering: Rendering) -> dict[str, float]:
         """Run the tasks on a loaded model.
