@@ -85,11 +85,15 @@ class _Adapters:
         self.adapted = len(self._factors) + len(self._whole)
 
     def _name(self, module: str, pair: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> str:
-        """Return the weight that a pair of factors changes. The two stacks of experts differ in their outputs."""
+        """Return the weight that a pair of factors changes.
+
+        The two stacks of experts have the shapes (E, hidden, 2 * inner) and (E, inner, hidden). They may be equal in
+        one dimension, but not in both.
+        """
         plain = module.replace(_INNER, "")
         for kind in EXPERT_WEIGHTS:
             shape = shapes.get(f"{plain}.{kind}")
-            if shape is not None and pair["B"].shape[0] == shape[2] and f"{plain}.{kind}" not in self._factors:
+            if shape is not None and (pair["A"].shape[1], pair["B"].shape[0]) == shape[1:]:
                 return f"{plain}.{kind}"
         return f"{plain}.weight"
 

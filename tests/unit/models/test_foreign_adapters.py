@@ -103,6 +103,16 @@ def test_verify_recomputes_the_merge_without_the_code_that_merges(kind: str, bas
     assert check.problems == [] and check.measured["tensors"] > 0
 
 
+def test_verify_tells_stacks_with_equal_outputs_apart(tmp_path: Path) -> None:
+    config = TinyConfig(intermediate_size=32)
+    assert config.hidden_size == 2 * config.intermediate_size
+    create_tiny(tmp_path / "tiny", config)
+    base = Source(tmp_path / "tiny", sampled_fingerprint(tmp_path / "tiny"))
+    save_adapters(base, tmp_path / "adapters", KINDS["experts"])
+    check = check_merge(Weights(references.on_base(tmp_path / "adapters", base)))
+    assert check.problems == [] and check.measured["tensors"] == 4
+
+
 def test_verify_finds_a_merge_with_another_scale_a_transposed_factor_or_a_missing_layer(
     base: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
