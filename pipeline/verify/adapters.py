@@ -3,6 +3,11 @@
 Each weight is base + scaling * B A in FP32 (Hu et al., 2021, https://arxiv.org/abs/2106.09685; PEFT's documentation of
 `LoraConfig` for rslora, patterns and `target_parameters`). It is computed from adapter_model.safetensors and
 adapter_config.json, a part of a tensor at a time.
+
+The merge may round the delta to the type of the factors or of the weight, and it rounds the sum to the type of the
+weight. `_Adapters.delta` bounds the error of the delta. Rounding keeps the order of numbers, so a merged value must lie
+between base + delta - error and base + delta + error, both rounded. These are mostly the same number. The test holds
+for deltas of any size, even if they are too small to change most values of the base.
 """
 
 import math
@@ -24,8 +29,8 @@ from pipeline.verify.check import Check
 
 _PREFIX, _INNER = "base_model.model.", ".base_layer"
 _FACTOR = re.compile(r"(.*)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
-_ROUNDING = 2.0**-7  # the merge rounds the delta and the sum to BF16, each by up to 2^-9 of its value
-_SCALE = 0.05  # largest error of the delta's size. Rounding errors average out in it, other errors do not.
+_ROUNDING = 2.0**-8  # largest relative error of rounding to BF16. FP16 and FP32 have smaller ones.
+_NEAR_ZERO = 2.0**-11  # FP16 numbers near 0 have an absolute error, at most this share of the smallest normal number
 
 
 def check_merge(weights: Weights) -> Check:
@@ -37,29 +42,39 @@ def check_merge(weights: Weights) -> Check:
     check = Check("adapters: merged weights equal base + scaling * B A, recomputed in FP32 without PEFT")
     adapters, base = _Adapters(weights.ref.directory, weights), Checkpoint(weights.ref.base)
     for name in plain_tensors(weights.shape):
-        sums = torch.zeros(4, dtype=torch.float64)
-        for rows in weights.parts(name):
-            merged, begun = weights.read_trained(name, rows).float(), base.read_plain(name, rows=rows)
-            begun, delta = adapters.begin(name, begun, rows).float(), adapters.delta(name, rows)
-            change, expected = merged - begun, torch.zeros(()) if delta is None else delta
-            error = ((change - expected).square().sum(), (begun + expected).square().sum())
-            sums += torch.stack([*error, (change * expected).sum(), expected.square().sum()]).double()
-        check.problems += _problems(name, *sums.tolist())
+        found = [_compare(weights, base, adapters, name, rows) for rows in weights.parts(name)]
+        check.problems += _problems(name, *torch.stack(found).sum(0).tolist(), is_adapted=name in adapters)
     check.problems += [f"{key}: belongs to no weight of the model" for key in sorted(adapters.unused())]
     check.measured = {"tensors": adapters.adapted}
     base.close()
     return check
 
 
-def _problems(name: str, error: float, size: float, along: float, delta: float) -> Iterator[str]:
-    """Judge the sums of squares of a tensor: the error, the expected values, change * delta, and the delta."""
-    if delta == 0:
-        if error:
-            yield f"{name}: has no adapter, but differs from the base model's"
-    elif not math.sqrt(error) <= _ROUNDING * math.sqrt(size) or not abs(along / delta - 1) <= _SCALE:
+def _compare(weights: Weights, base: Checkpoint, adapters: "_Adapters", name: str, rows: slice) -> Tensor:
+    """Compare some rows of a merged weight with their expected values.
+
+    Returns:
+        (4), FP64: the number of wrong values and of all values, and the sums of change * expected change and of the
+        squared expected change.
+    """
+    merged = weights.read_trained(name, rows)
+    begun = adapters.begin(name, base.read_plain(name, rows=rows), rows).to(merged.dtype).float()
+    delta, error = adapters.delta(name, rows)
+    low, expected, high = ((begun + each).to(merged.dtype) for each in (delta - error, delta, delta + error))
+    wrong = ~((low <= merged) & (merged <= high))  # NaN is wrong, too
+    change, due = merged.double() - begun, expected.double() - begun
+    counts = torch.stack([wrong.sum(), torch.tensor(wrong.numel())])
+    return torch.cat([counts.double(), torch.stack([(change * due).sum(), due.square().sum()])])
+
+
+def _problems(name: str, wrong: float, total: float, along: float, due: float, *, is_adapted: bool) -> Iterator[str]:
+    if wrong and not is_adapted:
+        yield f"{name}: has no adapter, but {wrong:.0f} of {total:.0f} values differ from the base model's"
+    elif wrong:
+        share = f"The weight has {along / due:.3g} times" if due else "The weight should not have"
         yield (
-            f"{name}: differs from base + scaling * B A by {math.sqrt(error / size):.3g} of its size, and has"
-            f" {along / delta:.3g} times the adapter's change"
+            f"{name}: {wrong:.0f} of {total:.0f} values differ from base + scaling * B A by more than rounding."
+            f" {share} the adapter's change"
         )
 
 
@@ -102,18 +117,32 @@ class _Adapters:
         self._used.add(name)
         return self._whole[name][rows] if name in self._whole else base
 
-    def delta(self, name: str, rows: slice) -> Tensor | None:
-        """Return scaling * B A for some rows of a weight, in FP32, or None if the weight has no adapter."""
+    def __contains__(self, name: str) -> bool:
+        """Return whether a weight has an adapter."""
+        return name in self._factors
+
+    def delta(self, name: str, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return scaling * B A for some rows of a weight, in FP32, and a bound of its error. Without an adapter: zeros.
+
+        The bound has two parts. The merge may round the delta to the type of the factors or of the weight. A sum of
+        r products in FP32 depends on the order, by at most (r + 2) * 2^-23 * |B| |A| (Higham, Accuracy and Stability
+        of Numerical Algorithms, 2002, section 3.1, for two sums with a scaling).
+        """
         if (pair := self._factors.get(name)) is None:
-            return None
+            return torch.zeros(()), torch.zeros(())
         a, b = pair["A"].float(), pair["B"].float()
-        if not name.endswith(EXPERT_WEIGHTS):
-            product = b @ a * self._scaling(name.removesuffix(".weight"), a.shape[0])
-            return (product.T if name.endswith("embed_tokens.weight") else product)[rows]
-        rank = a.shape[0] // self._experts
-        of_expert = a.reshape(self._experts, rank, -1)[rows]
-        outputs = b.reshape(b.shape[0], rank, self._experts)[..., rows]
-        return torch.einsum("ore,eri->eio", outputs, of_expert) * self._scaling(name, rank)
+        is_stack = name.endswith(EXPERT_WEIGHTS)
+        rank = a.shape[0] // self._experts if is_stack else a.shape[0]
+        scaling = self._scaling(name.removesuffix(".weight"), rank)
+        multiply = self._multiply_experts if is_stack else _multiply
+        delta, size = (multiply(name, *each, rows) * scaling for each in ((a, b), (a.abs(), b.abs())))
+        near_zero = torch.finfo(pair["B"].dtype).smallest_normal * _NEAR_ZERO
+        return delta, delta.abs() * _ROUNDING + size.abs() * ((rank + 2) * 2.0**-23) + near_zero
+
+    def _multiply_experts(self, _: str, a: Tensor, b: Tensor, rows: slice) -> Tensor:
+        of_expert = a.reshape(self._experts, -1, a.shape[1])[rows]
+        outputs = b.reshape(b.shape[0], -1, self._experts)[..., rows]
+        return torch.einsum("ore,eri->eio", outputs, of_expert)
 
     def _scaling(self, module: str, rank: int) -> float:
         patterns = self._config.get("alpha_pattern") or {}
@@ -126,3 +155,8 @@ class _Adapters:
     def unused(self) -> set[str]:
         """Return the names of tensors that belong to no weight which was compared."""
         return {*self._whole, *self._factors} - self._used
+
+
+def _multiply(name: str, a: Tensor, b: Tensor, rows: slice) -> Tensor:
+    product = b @ a
+    return (product.T if name.endswith("embed_tokens.weight") else product)[rows]

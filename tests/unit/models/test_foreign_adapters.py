@@ -62,14 +62,17 @@ def pefts_own_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ParamWrapper, "get_delta_weight", fresh.ParamWrapper.get_delta_weight)
 
 
-def save_adapters(base: Source, directory: Path, settings: dict[str, Any]) -> dict[str, Tensor]:
+def save_adapters(
+    base: Source, directory: Path, settings: dict[str, Any], scale: float = 0.05, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Save random adapters with PEFT. Return the weights of the model into which PEFT has merged them."""
     config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, task_type="CAUSAL_LM", **settings)
     model = peft.get_peft_model(loading.load_plain(base.directory, torch.bfloat16), config)
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data + 0.05 * torch.randn_like(parameter)
+            drawn = parameter.data + scale * torch.randn_like(parameter)
+            parameter.data = drawn if dtype is torch.float32 else drawn.to(dtype)
     model.save_pretrained(str(directory))
     return {name: each.detach().clone() for name, each in model.merge_and_unload().named_parameters()}
 
@@ -103,6 +106,15 @@ def test_verify_recomputes_the_merge_without_the_code_that_merges(kind: str, bas
     assert check.problems == [] and check.measured["tensors"] > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 0.0])
+def test_verify_accepts_a_merge_of_small_factors(
+    scale: float, dtype: torch.dtype, base: Source, tmp_path: Path
+) -> None:
+    save_adapters(base, tmp_path / "adapters", KINDS["both"], scale, dtype)
+    assert check_merge(Weights(references.on_base(tmp_path / "adapters", base))).problems == []
+
+
 def test_verify_tells_stacks_with_equal_outputs_apart(tmp_path: Path) -> None:
     config = TinyConfig(intermediate_size=32)
     assert config.hidden_size == 2 * config.intermediate_size
@@ -113,10 +125,11 @@ def test_verify_tells_stacks_with_equal_outputs_apart(tmp_path: Path) -> None:
     assert check.problems == [] and check.measured["tensors"] == 4
 
 
+@pytest.mark.parametrize("scale", [0.05, 1e-3])
 def test_verify_finds_a_merge_with_another_scale_a_transposed_factor_or_a_missing_layer(
-    base: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scale: float, base: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_adapters(base, tmp_path / "adapters", KINDS["both"])
+    save_adapters(base, tmp_path / "adapters", KINDS["both"], scale)
     merge = Merger.merge
 
     def wrong(change: Callable[[Tensor, Tensor], Tensor]) -> list[str]:
@@ -130,6 +143,21 @@ def test_verify_finds_a_merge_with_another_scale_a_transposed_factor_or_a_missin
     assert len(wrong(lambda weight, merged: weight + 0.5 * (merged - weight))) == adapted
     assert len(wrong(lambda weight, merged: weight)) == adapted
     assert len(wrong(lambda weight, merged: weight + (merged - weight).flip(0))) == adapted
+
+
+def test_verify_finds_a_single_wrong_value(base: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_adapters(base, tmp_path / "adapters", KINDS["attention"], scale=1e-3)
+    merge = Merger.merge
+
+    def merge_wrongly(self: Merger, name: str, weight: Tensor, first: int = 0) -> Tensor:
+        merged = merge(self, name, weight, first)
+        if name.endswith("layers.0.self_attn.q_proj.weight"):
+            merged.view(torch.int16)[0, 0] += 2
+        return merged
+
+    monkeypatch.setattr(Merger, "merge", merge_wrongly)
+    (problem,) = check_merge(Weights(references.on_base(tmp_path / "adapters", base))).problems
+    assert problem.startswith("model.layers.0.self_attn.q_proj.weight: 1 of 8192 values differ")
 
 
 @pytest.mark.parametrize(
