@@ -1,7 +1,7 @@
 """Hide secrets that a user may have written into a setting. Keys for servers belong into environment variables.
 
 A secret is recognized by its form or by its place: a token of a known form, a login or key in an address, or an
-argument such as --api-key X. The value of `${oc.env:NAME}` is a secret if NAME looks like the name of one.
+argument such as --api-key X. The value of `${oc.env:NAME}` is a secret if a word of NAME says so, such as KEY or TOKEN.
 """
 
 import os
@@ -21,7 +21,9 @@ _ASSIGNED = re.compile(rf"({_SECRET_NAME})=(?!\$\{{)[^&\s]+", re.I)
 _LISTED = re.compile(rf"({_SECRET_NAME},)(?!\$\{{)[^\s,\]]+", re.I)  # as in [--api-key,X]
 _FLAG = re.compile(_SECRET_NAME, re.I)
 _VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:\s*([^,}\s]+)")
-_SECRET_VARIABLE = re.compile(r"key|token|secret|pass|pwd|credential|auth", re.I)
+_SECRET_VARIABLE = re.compile(
+    r"(?:^|_)(?:api)?(?:key|token|secret|password|passwd|passphrase|pass|pwd|credential|credentials|auth)(?:$|_)", re.I
+)
 
 _values: set[str] = set()
 
@@ -31,12 +33,13 @@ T = TypeVar("T")
 def remember(composed: DictConfig) -> None:
     """Remember the values of the secret environment variables that a composed configuration names, to hide them.
 
-    They are hidden from now on, for as long as the process lives.
+    They are hidden from now on, for as long as the process lives. A value that is an existing path, such as the home
+    of tokens in TOKEN_DIR, is no secret.
     """
     for text in _texts(OmegaConf.to_container(composed, resolve=False)):
         for name in _VARIABLE.findall(text):
             value = os.environ.get(name, "").strip()
-            if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST:
+            if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST and not os.path.exists(value):
                 _values.add(value)
 
 

@@ -8,10 +8,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config import EvaluateConfig, PipelineConfig, Stage, is_known
 from pipeline.config.overrides import key_of
+from pipeline.config.secrets import HIDDEN
+from pipeline.errors import UserError
 from pipeline.runs import commands
 from pipeline.runs.artifacts import load
 from pipeline.runs.run import Run
-from pipeline.runs.settings import Settings
+from pipeline.runs.settings import Settings, choose_settings
 from pipeline.runs.up_to_date import say_if_needed
 
 _GENERATE = "evaluate.generate"
@@ -29,7 +31,7 @@ def keep(config: PipelineConfig) -> PipelineConfig:
     before = _settings_before(here)
     if config.evaluate.generate or here.overwrite or not before.get(_GENERATE) or _names_generation():
         return config
-    chosen = {key: value for key, value in before.items() if key.startswith(_OF_ANSWERS)}
+    chosen = _without_masked({key: value for key, value in before.items() if key.startswith(_OF_ANSWERS)}, here)
     kept = _with(config.evaluate, chosen)
     if kept is None:
         return config
@@ -54,6 +56,19 @@ def _settings_before(here: Run) -> Settings:
     if here.is_complete(Stage.evaluate):
         return load(directory, check_files=False).settings
     return (here.read_unfinished(directory) or {"settings": {}})["settings"]
+
+
+def _without_masked(settings: Settings, here: Run) -> Settings:
+    """Leave out the settings that contain a hidden secret. The configuration must have them already."""
+    present = choose_settings(here.config, settings)
+    masked = [key for key, value in settings.items() if HIDDEN in str(value)]
+    if unknown := [key for key in masked if present[key] != settings[key]]:
+        raise UserError(
+            f"{unknown[0]}: the earlier report in {here.stage_dir(Stage.evaluate)} has {settings[unknown[0]]!r}, where"
+            f" {HIDDEN} stands for a secret. To keep its answers, give this setting again. To evaluate without answers,"
+            " set eval=none."
+        )
+    return {key: value for key, value in settings.items() if key not in masked}
 
 
 def _with(evaluate: EvaluateConfig, settings: Settings) -> EvaluateConfig | None:

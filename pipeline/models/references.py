@@ -15,6 +15,7 @@ from pipeline.checkpoints.recognition import describe_missing
 from pipeline.checkpoints.released import raise_if_unfit
 from pipeline.config import FormatConfig, Stage
 from pipeline.config.controls import is_control
+from pipeline.config.secrets import without_secrets
 from pipeline.errors import UserError
 from pipeline.models import foreign_adapters
 from pipeline.models.foreign_adapters import describe_other_base, read_adapter_config
@@ -237,7 +238,8 @@ def require_upcast(run: Run, model_path: str) -> Artifact:
         UserError: the upcast is missing or unfinished, or was made from another model.
     """
     upcast = run.require(Stage.upcast)
-    if upcast.settings["model.path"] != model_path and not _is_source_of(Path(model_path).expanduser(), upcast):
+    is_same = upcast.settings["model.path"] == without_secrets(model_path)  # recorded settings have no secrets
+    if not is_same and not _is_source_of(Path(model_path).expanduser(), upcast):
         raise UserError(
             f"model.path={model_path}, but {upcast.directory} was made from {upcast.settings['model.path']}."
             " Set another run_dir, or give the model.path that this run began with."

@@ -1,9 +1,18 @@
 """Secrets that a user wrote into a setting are hidden wherever settings are shown or stored. Other values are not."""
 
+from pathlib import Path
+
 import pytest
 from omegaconf import OmegaConf
 
+from pipeline.config import secrets
 from pipeline.config.secrets import has_secret, remember, without_secrets
+
+
+@pytest.fixture(autouse=True)
+def no_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the values that a test remembers."""
+    monkeypatch.setattr(secrets, "_values", set())
 
 
 @pytest.mark.parametrize(
@@ -56,3 +65,23 @@ def test_a_secret_variable_is_hidden_by_its_value_and_its_name_is_shown(monkeypa
     assert without_secrets({"b": ["--key", "swordfish-1"]}) == {"b": ["--key", "***"]}
     assert without_secrets("--key=swordfish-1 /scratch/of/mine") == "--key=*** /scratch/of/mine"
     assert not has_secret("serve.extra_arguments=[--api-key,${oc.env:TEST_API_KEY}]")
+
+
+@pytest.mark.parametrize("name", ["TOKENIZER_HOME", "TOKENIZED_DATA", "COMPASS_DIR", "AUTHOR", "MONKEY", "KEYBOARD"])
+def test_a_variable_whose_name_only_contains_such_a_word_is_shown(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, f"/data/of/{name}")
+    remember(OmegaConf.create({"a": f"${{oc.env:{name}}}/x"}))
+    assert without_secrets(f"/data/of/{name}/x") == f"/data/of/{name}/x"
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "MY_API_KEY", "OPENAI_APIKEY", "db_pwd", "PASSWORD", "X_SECRET_1"])
+def test_a_variable_with_such_a_word_in_its_name_is_hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, f"value-of-{name}")
+    remember(OmegaConf.create({"a": f"${{oc.env:{name}}}"}))
+    assert without_secrets(f"a value-of-{name} b") == "a *** b"
+
+
+def test_a_variable_that_holds_an_existing_path_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_TOKEN_DIR", str(tmp_path))
+    remember(OmegaConf.create({"a": "${oc.env:TEST_TOKEN_DIR}/x"}))
+    assert without_secrets(f"{tmp_path}/x") == f"{tmp_path}/x"

@@ -8,6 +8,7 @@ import pytest
 from evaluated import record
 
 from pipeline.config import EvaluateConfig, GenerationConfig, PipelineConfig, PromptsConfig, Stage
+from pipeline.errors import UserError
 from pipeline.evaluate import earlier_answers
 from pipeline.runs import commands
 from pipeline.runs.commands import Command
@@ -53,6 +54,17 @@ def test_an_unfinished_report_counts_too(run_dir: Path) -> None:
         json.dumps({"settings": settings, "parents": {}, "data": None})
     )
     assert kept(run_dir).generation == EARLIER.generation
+
+
+def test_a_setting_that_is_recorded_without_its_secret_is_taken_from_the_configuration(tmp_path: Path) -> None:
+    secret = EvaluateConfig(generate=True, prompts=PromptsConfig(path="s3://me:swordfish@host/q.jsonl"))
+    settings = Run(PipelineConfig(stage=Stage.evaluate, evaluate=secret)).settings(("evaluate",))
+    assert settings["evaluate.prompts.path"] == "s3://***@host/q.jsonl"
+    record(tmp_path / "evaluate", kind="report", settings=settings)
+    with pytest.raises(UserError, match=r"evaluate\.prompts\.path: .* stands for a secret"):
+        kept(tmp_path)
+    found = kept(tmp_path, prompts=secret.prompts)
+    assert (found.generate, found.prompts) == (True, secret.prompts)
 
 
 def test_a_command_that_asks_for_answers_has_its_own_settings(run_dir: Path) -> None:
