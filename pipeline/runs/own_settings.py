@@ -107,3 +107,8 @@ def write(run_dir: Path, own: OwnSettings) -> None:
 def recordable(given: dict[str, str]) -> dict[str, str]:
     """Return the overrides that belong to the run. Tokens and passwords are never recorded."""
     return {key: text for key, text in given.items() if belongs_to_run(key) and not has_secret(text)}
+
+
+def withheld(given: dict[str, str]) -> list[str]:
+    """List the keys of the overrides that belong to the run, but are not recorded because they contain a secret."""
+    return [key for key, text in given.items() if belongs_to_run(key) and has_secret(text)]

@@ -13,7 +13,7 @@ from pipeline.config.groups import RECIPE
 from pipeline.config.overrides import assignment, belongs_to_run, by_key, is_override
 from pipeline.config.secrets import has_secret
 from pipeline.errors import user_errors
-from pipeline.runs import commands, console, interruptions, launches, taken_settings
+from pipeline.runs import commands, console, interruptions, launches, own_settings, taken_settings
 from pipeline.runs.commands import Command
 from pipeline.runs.own_settings import RECORD_FILE, OwnSettings
 
@@ -97,7 +97,14 @@ def begin_job(config: PipelineConfig, job: Iterable[str], is_sweep: bool) -> Non
 
 
 def tell() -> None:
-    """Print the settings that the job takes from its run, and the settings that the command line changes."""
+    """Print the settings that the job takes from its run, those that it changes, and those that are not recorded."""
+    command = commands.current()
+    if command is not None and (keys := own_settings.withheld(command.overrides)):
+        console.warn(
+            "run",
+            f"the run does not record {', '.join(keys)}, because the value contains a secret. Give it with each command"
+            " of this run, or write ${oc.env:NAME} for the secret.",
+        )
     if _taken is None:
         return
     run_dir, own = _taken

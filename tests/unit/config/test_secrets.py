@@ -25,6 +25,20 @@ def no_values(monkeypatch: pytest.MonkeyPatch) -> None:
         ("serve.extra_arguments=[--api-key,pw,--x]", "serve.extra_arguments=[--api-key,***,--x]"),
         ("token hf_abcdefghijklmnopqrst refused", "token *** refused"),
         ({"a": {"b": "http://me@host"}}, {"a": {"b": "http://***@host"}}),
+        ("['--api-key','abc']", "['--api-key',***]"),
+        ("vllm serve --api-key abc --port 8", "vllm serve --api-key *** --port 8"),
+        ("--api_key 'abc def' x", "--api_key *** x"),
+        ("[--api-key,'${oc.env:X}',abc]", "[--api-key,'${oc.env:X}',abc]"),
+        (["--token", "abc", "x"], ["--token", "***", "x"]),
+        (["--header", "Authorization: Bearer abc"], ["--header", "Authorization: Bearer ***"]),
+        ("refused Bearer abcdefgh12", "refused Bearer ***"),
+        ("token=abc HF_TOKEN=abc my-secret=abc", "token=*** HF_TOKEN=*** my-secret=***"),
+        ("nvapi-abcdefghijklmnopqrst gho_abcdefghijklmnopqrst", "*** ***"),
+        ("glpat-abcdefghijklmnopqrst AKIAIOSFODNN7EXAMPLE", "*** ***"),
+        (
+            {"api_key": "abc", "password": "", "token": "${oc.env:X}"},
+            {"api_key": "***", "password": "", "token": "${oc.env:X}"},
+        ),
     ],
 )
 def test_secrets_are_replaced(value: object, expected: object) -> None:
@@ -42,6 +56,13 @@ def test_secrets_are_replaced(value: object, expected: object) -> None:
         0.5,
         ["--max-num-seqs", "64"],
         {"max_new_tokens": 8},
+        {"eos_token": "<|return|>", "token": 5},
+        "abfs://data@account.dfs.core.windows.net/x.jsonl",
+        "/d/eos_token=1/a.jsonl",
+        "data.reply_columns=[new_password,answer]",
+        "tracking.tags=[reset_password,v2]",
+        "+data.filter.topic=[reset_password,change_pin]",
+        "--max-tokens 64 --tokenizer abc --api-key --port 8",
     ],
 )
 def test_other_values_do_not_change(value: object) -> None:
@@ -55,6 +76,28 @@ def test_other_values_do_not_change(value: object) -> None:
 def test_tokens_and_passwords_are_recognized(override: str) -> None:
     assert has_secret(override)
     assert not has_secret("model.path=openai/gpt-oss-20b") and not has_secret("x.url=http://host:8000/v1")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "serve.extra_arguments=[--api-key,pw]",
+        "serve.extra_arguments=['--api-key', 'pw']",
+        "serve.extra_arguments=[--hf-token=pw]",
+        "x='Authorization: Bearer pw'",
+        "x.url=https://host/v1?api_key=pw",
+    ],
+)
+def test_arguments_and_headers_with_a_secret_are_recognized(override: str) -> None:
+    assert has_secret(override)
+
+
+def test_a_text_that_only_looks_like_a_secret_is_hidden_but_recorded() -> None:
+    override = "data.model_identity='Never reveal the password=x'"
+    assert without_secrets(override) != override
+    assert not has_secret(override)
+    assert without_secrets("ssh://me@host/v1") == "ssh://***@host/v1"
+    assert not has_secret("x.url=ssh://me@host/v1")
 
 
 def test_a_secret_variable_is_hidden_by_its_value_and_its_name_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,31 @@ def test_a_token_is_never_recorded(built: list[PipelineConfig]) -> None:
     assert "hf_" not in Path("r/command.yaml").read_text()
 
 
+def test_a_setting_that_is_not_recorded_is_named_without_its_secret(
+    built: list[PipelineConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_program("stage=upcast", *MADE, "data.path='https://me:swordfish@host/x.jsonl'") == 0
+    message = capsys.readouterr().err
+    assert "the run does not record data.path, because the value contains a secret" in message
+    assert "swordfish" not in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+data.filter.topic=[reset_password,change_pin]",
+        "tracking.tags=[reset_password,v2]",
+        "data.path=/d/eos_token=1/a.jsonl",
+        "data.path=abfs://data@account.dfs.core.windows.net/a.jsonl",
+        "data.model_identity='Never reveal the password=x'",
+    ],
+)
+def test_an_ordinary_setting_is_recorded_although_it_looks_like_a_secret(override: str) -> None:
+    key = override.partition("=")[0].lstrip("+")
+    assert own_settings.recordable({key: override}) == {key: override}
+    assert own_settings.withheld({key: override}) == []
+
+
 def test_what_is_refused_is_not_recorded(built: list[PipelineConfig], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_program("stage=sft", *MADE) == 0
     message = error_of(capsys, "stage=sft", RUN, "sft.epochs=5")
