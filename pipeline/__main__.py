@@ -106,8 +106,7 @@ def status(arguments: list[str]) -> int:
     except SystemExit as leaving:
         return int(leaving.code or 0) if not isinstance(leaving.code, str) else _report(UserError(leaving.code), 1)
     except Exception:  # noqa: BLE001 - any other exception is a bug: show its traceback and return 1
-        traceback.print_exc()
-        return 1
+        return _report_bug()
 
 
 def _answer(arguments: list[str]) -> str | None:
@@ -175,6 +174,13 @@ def _job(composed: DictConfig) -> None:
         sys.exit(_report(error, error.exit_status))
     except OmegaConfBaseException as error:
         sys.exit(_report(error, 2))
+    except Exception:  # noqa: BLE001 - a bug, as in `status`. Hydra's extra line would show secrets.
+        sys.exit(_report_bug())
+
+
+def _report_bug() -> int:
+    print(secrets.without_secrets(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+    return 1
 
 
 def _report(error: Exception, status: int) -> int:

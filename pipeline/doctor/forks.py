@@ -2,10 +2,13 @@
 
 import gc
 import multiprocessing
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from typing import Any, TypeVar
+
+from pipeline.config.secrets import without_secrets
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -40,7 +43,7 @@ def _report(send: Any, function: Callable[[Request], object], request: Request) 
     try:
         send.send(function(request))
     except Exception as error:  # noqa: BLE001 - every error is the reason why there is no result
-        traceback.print_exc()
+        print(without_secrets(traceback.format_exc()), end="", file=sys.stderr, flush=True)
         send.send(f"{type(error).__name__}: {error}".splitlines()[0])
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from pipeline.config import ArtifactCheck, Stage, rebuilds
+from pipeline.config.secrets import without_secrets
 from pipeline.errors import MachineError, UserError
 from pipeline.runs import (
     commands,
@@ -306,7 +307,7 @@ def _publish(run: Run, stage: Stage, directory: Path, inputs: Inputs, result: Re
         "scale_rule": result.scale_rule,
         "fingerprint": found.fingerprint,
         **inputs.plain(),
-        "base_model": {"path": model.path, "revision": model.revision},
+        "base_model": {"path": without_secrets(model.path), "revision": model.revision},
         "details": result.record.details(),
         "files": found.sizes,
         "digests": {**found.digests, **records},

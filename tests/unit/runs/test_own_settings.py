@@ -421,6 +421,8 @@ def test_secrets_are_in_no_message_and_in_no_file(
     assert run_program("stage=sft", RUN, address, "sft.epochs=3", "serve.extra_arguments=[--api-key,swordfish-2]") == 0
     assert run_program("stage=sft", RUN, "sft.epochs=4", address) == 2
     assert built[-1].data.model_identity == "swordfish-2"
+    assert run_program("stage=upcast", "run_dir=m", "recipe=smoke", "model.path='https://me:swordfish-2@host/m'") == 0
+    assert "https://***@host/m" in Path("m/upcast/artifact.json").read_text()
     assert run_program("stage=sft", RUN, "model.dtype=${oc.env:TEST_TOKEN}") == 2
     assert run_program("-m", "stage=upcast", RUN, "data.model_identity=${oc.env:TEST_TOKEN}", "sft.seed=1,2") == 0
     output = capsys.readouterr()
@@ -429,3 +431,16 @@ def test_secrets_are_in_no_message_and_in_no_file(
     files = [path for path in Path().rglob("*") if path.is_file()]
     assert {"command.yaml", "config.yaml", "artifact.json"} <= {path.name for path in files}
     assert not [path for path in files if b"swordfish" in path.read_bytes()]
+
+
+def test_the_traceback_of_a_bug_has_no_secret(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(config: PipelineConfig) -> None:
+        raise RuntimeError(f"no connection to https://me:{'sword'}fish@host")
+
+    monkeypatch.chdir(tmp_path)
+    replace_stages(monkeypatch, run)
+    assert run_program("stage=upcast", *MADE) == 1
+    error = capsys.readouterr().err
+    assert "RuntimeError: no connection to https://***@host" in error and "swordfish" not in error
