@@ -54,6 +54,15 @@ def remember(composed: DictConfig) -> None:
                 _values.add(value)
 
 
+def remember_arguments(command: list[str]) -> None:
+    """Remember the secret arguments of a command, to hide them where the program that it starts prints them."""
+    for word, shown in zip(command, without_secrets(command), strict=True):
+        name, sign, value = word.partition("=")
+        secret = word if shown == HIDDEN else value if shown == f"{name}{sign}{HIDDEN}" else ""
+        if len(secret) >= _SHORTEST:
+            _values.add(secret)
+
+
 def without_secrets(value: T) -> T:
     """Return the value with `***` in place of secrets.
 

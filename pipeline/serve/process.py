@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.config import secrets
 from pipeline.errors import CheckFailed, UserError
 from pipeline.runs import allocator
 from pipeline.runs.console import say
@@ -35,6 +36,9 @@ class EngineProcess:
         self._name = name
         self._log = log
         self._children: set[psutil.Process] = set()
+        secrets.remember_arguments(command)
+        log.touch(mode=0o600)  # engines print their arguments, which may have a key of the user
+        log.chmod(0o600)
         with log.open("wb") as output:
             # The engine has its own session, so Ctrl-C reaches only this program, which then ends the engine.
             try:
@@ -86,7 +90,7 @@ class EngineProcess:
 
     def failure(self, how: str) -> CheckFailed:
         """Make the error for a fault of the engine. The message shows the end of the log."""
-        tail = "".join(f"\n    {line}" for line in self._tail())
+        tail = "".join(f"\n    {secrets.without_secrets(line)}" for line in self._tail())
         return CheckFailed(f"{self._name} {how}. The end of its log, {self._log}:{tail or ' nothing'}")
 
     def stop(self) -> None:

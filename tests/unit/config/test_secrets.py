@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline.config import secrets
-from pipeline.config.secrets import has_secret, remember, without_secrets
+from pipeline.config.secrets import has_secret, remember, remember_arguments, without_secrets
 
 
 @pytest.fixture(autouse=True)
@@ -128,3 +128,10 @@ def test_a_variable_that_holds_an_existing_path_is_shown(tmp_path: Path, monkeyp
     monkeypatch.setenv("TEST_TOKEN_DIR", str(tmp_path))
     remember(OmegaConf.create({"a": "${oc.env:TEST_TOKEN_DIR}/x"}))
     assert without_secrets(f"{tmp_path}/x") == f"{tmp_path}/x"
+
+
+def test_secret_arguments_are_hidden_wherever_the_program_prints_them() -> None:
+    remember_arguments(["serve", "--api-key", "swordfish", "--hf-token=herring", "--port", "8000"])
+    assert without_secrets("{'api_key': ['swordfish'], 'hf': 'herring', 'port': 8000}") == (
+        "{'api_key': ['***'], 'hf': '***', 'port': 8000}"
+    )

@@ -9,6 +9,7 @@ import shlex
 import signal
 import socket
 import stat
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,12 @@ from exports import EXPORTED, make_export, prove
 from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import ExportTarget, ModelConfig, PipelineConfig, ServeConfig, ServingEngine, Stage
 from pipeline.config.engines import ENGINES, SERVERS
-from pipeline.errors import UserError
+from pipeline.errors import CheckFailed, UserError
 from pipeline.runs import provenance
 from pipeline.runs.artifacts import Artifact
 from pipeline.serve import launch
 from pipeline.serve.launch import Launch
-from pipeline.serve.process import interrupt_on_signals
+from pipeline.serve.process import EngineProcess, interrupt_on_signals
 from pipeline.stages import serve as stage
 from pipeline.stages.all import STAGES
 
@@ -294,3 +295,15 @@ def test_an_ignored_signal_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_the_log_is_the_users_alone_and_an_error_shows_no_key_of_it(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    log.touch(mode=0o644)
+    command = [sys.executable, "-c", "import sys; print(sys.argv[1:])", "--api-key", "mackerel"]
+    with EngineProcess("vllm", command, log, {}) as engine, pytest.raises(CheckFailed) as raised:
+        engine.wait()
+    assert log.stat().st_mode & 0o777 == 0o600
+    assert "mackerel" in log.read_text()
+    assert "['--api-key', ***]" in str(raised.value)
+    assert "mackerel" not in str(raised.value)
