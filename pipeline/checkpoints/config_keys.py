@@ -77,17 +77,17 @@ _KEYS = {
     "use_cache": _TRUTH,
 }
 
-_ROPE_KEYS = {
-    "attention_factor": _POSITIVE,
+_RELEASED_ROPE_KEYS = {
     "beta_fast": _POSITIVE,
     "beta_slow": _POSITIVE,
     "factor": _number("a number, 1 or more", lambda value: value >= 1),
     "original_max_position_embeddings": _POSITIONS,
-    "rope_theta": _POSITIVE,
     "rope_type": _TEXT,
     "truncate": _TRUTH,
-    "type": _TEXT,
 }
+ROPE_KEYS = tuple(_RELEASED_ROPE_KEYS)
+"""Keys of `rope_scaling` in the released models. transformers 5 writes them as `rope_parameters`, with `rope_theta`."""
+_ROPE_KEYS = {**_RELEASED_ROPE_KEYS, "attention_factor": _POSITIVE, "rope_theta": _POSITIVE, "type": _TEXT}
 _ACTIVE = ("num_experts_per_tok", "experts_per_token")
 
 

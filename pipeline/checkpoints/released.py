@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipeline.checkpoints.config_json import CONFIG, is_quantized, read_config
+from pipeline.checkpoints.config_keys import ROPE_KEYS
 from pipeline.checkpoints.recognition import Storage, find_storage
 from pipeline.checkpoints.side_files import CHAT_TEMPLATES, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from pipeline.errors import UserError, user_errors
@@ -24,8 +25,6 @@ CONSTANTS: Mapping[str, object] = {
     "tie_word_embeddings": False,
 }
 """Keys whose value is the same for every gpt-oss. Engines hard-code these values, and some do not read the keys."""
-ROPE_KEYS = ("beta_fast", "beta_slow", "factor", "original_max_position_embeddings", "rope_type", "truncate")
-"""Keys of `rope_scaling`. transformers 5 writes them as `rope_parameters`, together with `rope_theta`."""
 _ROPE_FORMS = ("rope_parameters", "rope_scaling")
 _OF_NO_MEANING: Mapping[str, object] = {"type": "yarn", "partial_rotary_factor": 1.0}
 """Further keys of the rope forms -> the value with which they change nothing."""

@@ -6,6 +6,7 @@ The content of config.json comes from the source (see `released_config`).
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from pipeline.checkpoints.config_keys import ROPE_KEYS
 from pipeline.checkpoints.gpt_oss import (
     ARCHITECTURE,
     ATTENTION_TYPES,
@@ -22,7 +23,6 @@ from pipeline.export.weights import open_base, others_piece, packed_piece, stack
 from pipeline.runs.artifacts import Kind
 
 _DIALECT = ("rope_parameters", "dtype", "torch_dtype")
-_ROPE_KEYS = ("beta_fast", "beta_slow", "factor", "original_max_position_embeddings", "rope_type", "truncate")
 
 
 def write(job: Job, directory: Path) -> Written:
@@ -63,7 +63,7 @@ def legacy_config(config: Mapping[str, object]) -> dict[str, object]:
     rope = {**rope_scaling(config), **rope_scaling(config, "rope_parameters")}
     if rope:
         legacy["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 150000))
-        legacy["rope_scaling"] = {key: value for key, value in rope.items() if key in _ROPE_KEYS}
+        legacy["rope_scaling"] = {key: value for key, value in rope.items() if key in ROPE_KEYS}
     filled = _engine_keys(legacy)
     return filled | {key: value for key, value in legacy.items() if key not in filled}
 
