@@ -4,7 +4,8 @@ The rule has three conditions, and `state_rule` states them for readers:
 
 1. No pass rate of the export is significantly worse than the reference's. The test is McNemar's, corrected by Holm's
    method, as in `evidence`. The validation loss is finite, and neither a training stage nor all steps together raised
-   it. Pass rates alone do not show a ruined model if they hardly differ between good and bad models.
+   it by more than `MOST_RISE`. Pass rates alone do not show a ruined model if they hardly differ between good and bad
+   models.
 2. `verify` has passed on the export. If it compared the export with the base model alone, the headline says so.
 3. The answers exclude a loss of quality beyond the margin. For each pass rate, the 95 % interval of the paired
    difference must not reach below -margin. This is a test of non-inferiority (CPMP/EWP/2158/99). A test without a
@@ -135,10 +136,11 @@ def decide(evidence: Evidence, margin: float) -> Decision:
 def state_rule(margin: float) -> str:
     """State the rule for readers of the report."""
     return (
-        "An export can be shipped if (1) no pass rate is significantly worse than the reference's, and the validation"
-        f" loss is at most {100 * MOST_RISE:g} % above its value before training, (2) verify has"
-        f" passed on it, and (3) for each pass rate, the 95 % interval of the difference excludes a loss of {margin:g}"
-        f" points or more (compare.margin). Condition 3 needs at least {least_prompts(margin)} prompts, and more if the"
+        "An export can be shipped if (1) no pass rate is significantly worse than the reference's, the validation loss"
+        f" is finite, and neither a training stage nor all steps together raised it by more than {100 * MOST_RISE:g} %,"
+        " (2) verify has passed on it, and (3) for each pass rate, the 95 % interval of the difference excludes a loss"
+        f" of {margin:g} points or more (compare.margin)."
+        f" Condition 3 needs at least {least_prompts(margin)} prompts, and more if the"
         f" models differ on some. It also needs answers that can be judged on all but {margin:g} % of these prompts."
         " The reference is SFT, or the original without SFT. The tests are paired by prompt."
     )
