@@ -168,6 +168,10 @@ def _name_results(parts: list[Part]) -> None:
 
     The key `name` is left only where the function is not the one that was called last.
 
+    A call is unanswered until a result follows it. A result with the id of a call answers that call alone. A result
+    without such an id answers all calls before it. If calls have no ids, at most one may be unanswered before a result
+    that has an id but no name.
+
     Raises:
         ConversationError: a tool message has no earlier call, has the id of no earlier call, or names a function that
             no earlier message calls.
@@ -188,7 +192,7 @@ def _name_results(parts: list[Part]) -> None:
             if not called:
                 raise ConversationError("has a tool message without an earlier assistant message with 'tool_calls'")
             if part.call_id and of_id is None:
-                _raise_if_unclear(part, by_id, is_only=unanswered < 2 or own is not None)
+                _raise_if_unclear(part, by_id, is_clear=unanswered < 2 or own is not None)
             if own is not None and own not in ({of_id} if of_id else called):
                 what = f"tool_call_id is of a call of {of_id!r}" if of_id else "no earlier message calls it"
                 raise ConversationError(f"{part.where} is a result of {own!r}, but {what}")
@@ -199,15 +203,21 @@ def _name_results(parts: list[Part]) -> None:
             unanswered = 0 if of_id is None else max(unanswered - 1, 0)
 
 
-def _raise_if_unclear(part: Part, by_id: Mapping[str, str], *, is_only: bool) -> None:
-    """Raise if a result has an id that no earlier call has. Calls may have no ids at all, if only one can be meant."""
+def _raise_if_unclear(part: Part, by_id: Mapping[str, str], *, is_clear: bool) -> None:
+    """Raise if a result has an id that no earlier call has, or if its call is unknown because calls have no ids.
+
+    Args:
+        part: the message with the result.
+        by_id: id of an earlier call -> name of its function.
+        is_clear: whether the call is known without an id: one call is unanswered, or the result names its function.
+    """
     if by_id:
         known = ", ".join(map(repr, by_id))
         raise ConversationError(
             f"{part.where} has tool_call_id={part.call_id!r:.80}, but the earlier calls have {known:.200}. Correct the"
             " id, or remove it if the result is of the last call"
         )
-    if not is_only:
+    if not is_clear:
         raise ConversationError(
             f"{part.where} has tool_call_id={part.call_id!r:.80}, but the calls before it have no ids, so its call is"
             " unknown. Give each call its 'id', or put each result after its call"

@@ -173,10 +173,11 @@ def _target(part: Path) -> tuple[str, ...]:
 
 
 def resume() -> str:
-    """Return the command that goes on with the interrupted command, and rebuilds no stage twice.
+    """Return the command that continues the interrupted command. It rebuilds no stage twice.
 
-    It asks to rebuild the stages that have not begun. The jobs of a sweep and the controls are built one after another.
-    Their command belongs to the launch of the interrupted one (see `launches`), so it rebuilds only the others.
+    The command has overwrite= for the stages that have not begun. A sweep has several jobs, and stage=controls has
+    several controls. Their command also sets the name of the interrupted launch (see `launches`). So it does not
+    rebuild the jobs and controls which that launch has already rebuilt.
     """
     command = _current
     if command is None:
