@@ -99,6 +99,7 @@ def copy_checkout(into: Path) -> Path:
         shutil.copytree(ROOT / name, into / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", into)
     _shorten(into / "recipes" / "smoke.yaml")
+    _shorten_demo(into / "recipes" / "demo.yaml")
     (into / ".venv").mkdir()
     for name in ("bin", "lib", "pyvenv.cfg"):
         (into / ".venv" / name).symlink_to(Path(sys.prefix) / name)
@@ -112,6 +113,19 @@ def _shorten(recipe: Path) -> None:
     shorter, count = _LENGTH.subn(lambda found: f"{found[1]}{int(found[2]) // 4}", text)
     assert count == 7, "max_samples, and three settings of each training stage"
     recipe.write_text(shorter, encoding="utf-8")
+
+
+def _shorten_demo(recipe: Path) -> None:
+    """Leave the controls out of the demonstration, and use less data. test_demo.py judges what it teaches."""
+    text = recipe.read_text(encoding="utf-8")
+    for before, after in (
+        ("controls: true", "controls: false"),
+        ("max_samples: 900", "max_samples: 96"),
+        ("max_samples: 200", "max_samples: 16"),
+    ):
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    recipe.write_text(text, encoding="utf-8")
 
 
 @cache
