@@ -22,7 +22,7 @@ from pipeline.doctor import find_ahead
 from pipeline.errors import CheckFailed, MachineError, UserError
 from pipeline.runs import allocator, console, interruptions, present, provenance, stopping
 from pipeline.runs.job import run_job
-from pipeline.runs.processes import is_main_process
+from pipeline.runs.processes import has_lost_another_process, is_main_process
 from pipeline.runs.stopping import Stopped
 
 SWEEP_DIR = "sweep"
@@ -105,8 +105,8 @@ def status(arguments: list[str]) -> int:
         return _report(UserError(message), stopping.EXIT_STATUS) if is_main_process() else stopping.EXIT_STATUS
     except SystemExit as leaving:
         return int(leaving.code or 0) if not isinstance(leaving.code, str) else _report(UserError(leaving.code), 1)
-    except Exception:  # noqa: BLE001 - any other exception is a bug: show its traceback and return 1
-        return _report_bug()
+    except Exception as error:  # noqa: BLE001 - see _report_other
+        return _report_other(error)
 
 
 def _answer(arguments: list[str]) -> str | None:
@@ -174,11 +174,14 @@ def _job(composed: DictConfig) -> None:
         sys.exit(_report(error, error.exit_status))
     except OmegaConfBaseException as error:
         sys.exit(_report(error, 2))
-    except Exception:  # noqa: BLE001 - a bug, as in `status`. Hydra's extra line would show secrets.
-        sys.exit(_report_bug())
+    except Exception as error:  # noqa: BLE001 - as in `status`. Hydra's extra line would show secrets.
+        sys.exit(_report_other(error))
 
 
-def _report_bug() -> int:
+def _report_other(error: Exception) -> int:
+    """Report that another process has ended, or else a bug: with its traceback."""
+    if has_lost_another_process(error):
+        return _report(MachineError("the connection to another process was lost. Its own message says why."), 1)
     print(secrets.without_secrets(traceback.format_exc()), end="", file=sys.stderr, flush=True)
     return 1
 

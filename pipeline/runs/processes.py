@@ -11,6 +11,7 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 _PATIENCE = timedelta(days=1)
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _ROOT = Path(__file__).resolve().parents[2]
 _RUN_MODULE = """\
 import runpy, sys
@@ -58,6 +59,11 @@ def wait_for_everyone() -> None:
         # The first PartialState creates the process group. On a machine without a GPU, it does so only with cpu=True.
         # While the main process converts a model, the others may wait longer than the default timeout of 10 minutes.
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE).wait_for_everyone()
+
+
+def has_lost_another_process(error: Exception) -> bool:
+    """Return whether a collective failed because another process has ended. Gloo says so only in its message."""
+    return process_count() > 1 and isinstance(error, RuntimeError) and any(end in str(error) for end in _LOST)
 
 
 def main_process_value(value: Value) -> Value:

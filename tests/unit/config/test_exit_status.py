@@ -1,19 +1,20 @@
 """Exit statuses, and the messages that come with them."""
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch  # noqa: F401 - otherwise the program prints that it loads PyTorch
 from conftest import run_program
 
-from config.composing import Run, replace_stages
+from config.composing import replace_stages
 from pipeline import __main__ as program
-from pipeline.config import PipelineConfig
 from pipeline.errors import CheckFailed, UserError
+from pipeline.runs import present
 
 
-def raising(error: BaseException) -> Run:
-    def run(_: PipelineConfig) -> None:
+def raising(error: BaseException) -> Callable[..., None]:
+    def run(*_: object) -> None:
         raise error
 
     return run
@@ -60,6 +61,20 @@ def test_another_process_waits_for_the_report_of_the_main_process_and_then_repor
     assert run_program(*ARGUMENTS) == 2
     assert waited and min(waited) >= 5
     assert capsys.readouterr().err == "error on process 1: this is wrong.\n"
+
+
+@pytest.mark.parametrize(("processes", "is_named"), [("2", True), ("1", False)])
+def test_the_end_of_another_process_is_named_without_a_traceback(
+    processes: str, is_named: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        present, "begin", raising(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:36743"))
+    )
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    assert program.status([*ARGUMENTS]) == 1
+    error = capsys.readouterr().err
+    assert ("error: the connection to another process was lost" in error) == is_named
+    assert ("Traceback" in error) != is_named
 
 
 def test_main_exits_with_the_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
