@@ -160,6 +160,7 @@ def test_an_export_that_an_unfinished_qat_has_overtaken_is_not_published(
     path = run / "export" / "mxfp4" / "artifact.json"
     record = json.loads(path.read_text())
     record["details"]["exported_from"] = "quantize"
+    record["parents"]["model"] = json.loads((run / "quantize" / "artifact.json").read_text())["fingerprint"]
     path.write_text(json.dumps(record))
     inputs = {name: json.loads((run / "qat" / "artifact.json").read_text())[name] for name in INPUTS}
     (run / "qat" / "artifact.json").unlink()
