@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import cast
 
+from packaging.version import InvalidVersion, Version
+
 from pipeline.checkpoints.dtypes import STORED_TYPES
 from pipeline.config.bounds import Bound
 
@@ -37,6 +39,16 @@ def _number(meaning: str, holds: Callable[[float], bool]) -> Bound:
 _WHOLE = Bound("a positive whole number", _is_whole)
 _POSITIONS = Bound("a positive whole number, at most 16777216", lambda value: _is_whole(value, 1, 1 << 24))
 _TRUTH = Bound("true or false", lambda value: type(value) is bool)
+
+
+def _is_version_or_null(value: object) -> bool:
+    """Return whether transformers can parse a version, which it does when it loads a tokenizer."""
+    try:
+        return value is None or bool(Version(value))  # type: ignore[arg-type]
+    except (InvalidVersion, TypeError):
+        return False
+
+
 _POSITIVE = _number("a number greater than 0", lambda value: value > 0)
 _NOT_NEGATIVE = _number("a number, 0 or more", lambda value: value >= 0)
 _TEXT = Bound("text", lambda value: isinstance(value, str))
@@ -74,6 +86,7 @@ _KEYS = {
     "swiglu_limit": _POSITIVE,
     "tie_word_embeddings": Bound("false, because gpt-oss has its own lm_head", lambda value: value is False),
     "torch_dtype": _DTYPE,
+    "transformers_version": Bound("a version such as 4.55.0, or null", _is_version_or_null),
     "use_cache": _TRUTH,
 }
 

@@ -30,7 +30,7 @@ class Stage(Enum):
     upcast = "make the model that training starts from; experts in MXFP4 are decoded to BF16, or stay frozen"
     sft = "supervised fine-tuning (SFT): teach the model with the conversations, without rounding"
     quantize = "post-training quantization (PTQ): round the trained experts to 4 bits, without more training"
-    qat = "quantization-aware training (QAT): train on at a low rate, while each forward pass rounds the experts"
+    qat = "quantization-aware training (QAT): train on while each forward pass rounds the experts"
     export = "write the checkpoint for serving, by default MXFP4 in the original's layout"
     verify = "prove that the export holds the trained weights, bit for bit"
     controls = "train and round the models that QAT must beat (stage=all includes it with controls=true)"

@@ -20,8 +20,8 @@ import torch
 
 def release_and_look():
     release()
-    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
-    models = [type(each).__name__ for each in gc.get_objects() if isinstance(each, PreTrainedModel)]
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    models = [type(each).__name__ for each in gc.get_objects() if issubclass(type(each), PreTrainedModel)]
     found.append([sum(each.untyped_storage().nbytes() for each in tensors), models])
 
 found, release = [], one_stage.release

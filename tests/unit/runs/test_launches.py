@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,8 @@ def test_commands_of_a_program_that_an_agent_started_are_launches_of_their_own(
     """The program has the agent's variable itself, and passes it on to its commands."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with subprocess.Popen(["sleep", "60"], env={"PATH": os.environ["PATH"], **inherited}) as parent:
+        while not Path(f"/proc/{parent.pid}/environ").read_bytes():
+            time.sleep(0.01)  # it is empty for a moment while the process starts
         monkeypatch.setattr(os, "getppid", lambda: parent.pid)
         found = set()
         for _ in range(2):
