@@ -130,7 +130,7 @@ def _name(row: dict[str, Any]) -> str:
 def _read_row(row: dict[str, Any], case: Case) -> dict[str, float]:
     found = {name: row[name] for name in (*_FIGURES, *case.rates) if name in row}
     account = row["rounding"]["account"] if row.get("rounding") else {}
-    found |= {short: account[name] for short, name in _ACCOUNT.items() if name in account}
+    found |= {short: account[name] for short, name in _ACCOUNT.items() if account.get(name) is not None}
     return {name: _shorten(value) for name, value in found.items()}
 
 
