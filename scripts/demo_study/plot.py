@@ -10,8 +10,8 @@ from scripts.demo_study.results import Results
 from scripts.demo_study.runs import CASES
 from scripts.demo_study.tables import MODELS, present
 
-_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito (2008)
-_MARKERS = ("o", "s", "^", "D")
+_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # Okabe and Ito (2008)
+_MARKERS = ("o", "s", "^", "D", "v")
 _STYLE = {"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
 _PANELS = (("kl_divergence", "KL to SFT, nats per token"), ("exact_match", "right answers, %"))
 
@@ -45,7 +45,7 @@ def _draw_case(axes: Axes, results: Results, case: str, models: list[str], figur
         if found is None:
             continue
         low, high = (found.mean if end is None else end for end in (found.low, found.high))
-        places.append(i + 0.15 * (row - (rows - 1) / 2))
+        places.append(i + 0.13 * (row - (rows - 1) / 2))
         means.append(factor * found.mean)
         below.append(means[-1] - max(factor * low, min(least, means[-1])))  # a logarithmic axis has no zero
         above.append(factor * high - means[-1])
