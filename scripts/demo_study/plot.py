@@ -13,11 +13,11 @@ from scripts.demo_study.tables import MODELS, present
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # Okabe and Ito (2008)
 _MARKERS = ("o", "s", "^", "D", "v")
 _STYLE = {"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
-_PANELS = (("kl_divergence", "KL to SFT, nats per token"), ("exact_match", "right answers, %"))
+_PANELS = (("kl_divergence", "KL to SFT, nats per token"), ("reasoning_language", "requested language, %"))
 
 
 def draw(results: Results) -> str:
-    """Return the SVG: the KL divergence and the right answers of each model, for each case of `recipe=demo`."""
+    """Return the SVG: the KL divergence and the language of each model, for each case of `recipe=demo`."""
     cases = [case for case in present(results) if case.recipe == "demo"]
     models = [model for model in MODELS if any(model in results.models(case.name) for case in cases)]
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "demo"}):
