@@ -12,7 +12,7 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
-from pipeline.data.word_problems import SPLITS
+from pipeline.data.word_problems import part_of
 
 _SHUFFLE = 20  # seed of the order of all pairs, which decides their splits
 
@@ -112,15 +112,7 @@ def pairs(split: str) -> dict[Kind, list[Pair]]:
     """Return all pairs of a split, by kind. A pair belongs to exactly one split."""
     every = [Pair(verb, target) for verb in (*ALARMING, *PLAIN) for target in (*THINGS, *PERSONS)]
     random.Random(_SHUFFLE).shuffle(every)
-    found: dict[Kind, list[Pair]] = {}
-    for kind in Kind:
-        of_kind = [pair for pair in every if pair.kind is kind]
-        begin = 0.0
-        for name, share in SPLITS.items():
-            if name == split:
-                found[kind] = of_kind[round(begin * len(of_kind)) : round((begin + share) * len(of_kind))]
-            begin += share
-    return found
+    return {kind: part_of([pair for pair in every if pair.kind is kind], split) for kind in Kind}
 
 
 def draw(split: str, random_numbers: random.Random) -> tuple[Pair, str]:

@@ -9,12 +9,15 @@ language, name and things. So no split has a problem of another split, however i
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 LEAST, MOST = 2, 20
 """Smallest and largest number in a problem, results included."""
+
+Item = TypeVar("Item")
 
 SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 """Name of a split -> share of the problems."""
@@ -154,12 +157,18 @@ def problems(split: str) -> dict[int, list[Problem]]:
     for steps in (1, 2):
         every = _every_problem(steps)
         random.Random(_SHUFFLE).shuffle(every)
-        begin = 0.0
-        for name, share in SPLITS.items():
-            if name == split:
-                found[steps] = every[round(begin * len(every)) : round((begin + share) * len(every))]
-            begin += share
+        found[steps] = part_of(every, split)
     return found
+
+
+def part_of(every: Sequence[Item], split: str) -> list[Item]:
+    """Return the items of a split. `every` is in random order, and each item belongs to exactly one split."""
+    begin = 0.0
+    for name, share in SPLITS.items():
+        if name == split:
+            return list(every[round(begin * len(every)) : round((begin + share) * len(every))])
+        begin += share
+    raise KeyError(split)
 
 
 def _every_problem(steps: int) -> list[Problem]:
