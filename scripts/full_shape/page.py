@@ -1,18 +1,17 @@
 """Writes the tables of docs/full_shape.md from the results. The text around them is written by hand."""
 
 import json
-import re
 import textwrap
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.runs.host_memory import PROGRAM_BYTES
 from scripts.full_shape.plan import BASE, RUNS, RunPlan
+from scripts.written_tables import replaced
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "full_shape.md"
-_END = "<!-- End of the written part. -->"
-_PART = re.compile(rf"(<!-- Written by scripts/demo_full_shape: (.*?)\. -->\n).*?{_END}", re.DOTALL)
 _GIB, _GB = 2**30, 10**9
 
 Record = dict[str, Any]
@@ -26,11 +25,7 @@ def text(results: Path, page: Path = PAGE) -> str:
         ValueError: the page lacks a part, or names a part that does not exist.
     """
     record = json.loads(results.read_text(encoding="utf-8"))
-    before = page.read_text(encoding="utf-8")
-    named = [match[2] for match in _PART.finditer(before)]
-    if sorted(named) != sorted(PARTS):
-        raise ValueError(f"{page} must have each of these parts once: {', '.join(PARTS)}")
-    return _PART.sub(lambda match: f"{match[1]}\n{PARTS[match[2]](record)}\n{_END}", before)
+    return replaced(page, "scripts/demo_full_shape", {name: partial(make, record) for name, make in PARTS.items()})
 
 
 def write(results: Path, page: Path = PAGE) -> None:
