@@ -1,23 +1,18 @@
-"""The help names every key, stage and choice, and it starts fast."""
+"""The help names every key, stage and choice."""
 
 import ast
 import dataclasses
-import os
 import platform
-import resource
-import subprocess
-import sys
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
-import psutil
 import pytest
 from conftest import run_program
 
 import pipeline
-from config.composing import RECIPES, ROOT, STAGES, SYNTHETIC_DATA, Mistake, choices
+from config.composing import RECIPES, ROOT, STAGES, Mistake, choices
 from pipeline import __main__ as program
 from pipeline import config
 from pipeline.config import Stage, command_line, help
@@ -222,57 +217,3 @@ def test_the_version_names_the_program_its_commit_and_the_libraries(capsys: pyte
     assert (", commit " in own) == (ROOT / ".git").exists()
     assert f"torch {version('torch')}, transformers {version('transformers')}, trl " in libraries
     assert python.startswith(f"Python {platform.python_version()}, ")
-
-
-# --- speed ------------------------------------------------------------------------------------------------------------
-
-
-def seconds_of_children() -> float:
-    """Return the processor time of all child processes that have ended. Other load does not change it."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "start"),
-    [
-        (["--help"], 0, "usage: python -m pipeline"),
-        (["--help", "sft"], 0, "stage=sft"),
-        (["--version"], 0, "gpt-oss-qat "),
-        (["--shell-completion", "query=recipe=smok"], 0, "recipe=smoke\t"),
-        ([], 2, "gpt-oss-qat fine-tunes"),
-        (["stage=sft", "sft.lr=1"], 2, "error: sft.lr=1: unknown key"),
-        (["stage=sft", SYNTHETIC_DATA, "sft.learning_rate=0"], 2, "error: sft.learning_rate=0.0: must be"),
-    ],
-)
-def test_help_and_mistakes_answer_within_two_seconds_and_import_nothing_slow(
-    arguments: list[str], status: int, start: str
-) -> None:
-    before = seconds_of_children()
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "pipeline", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert seconds_of_children() - before < 2
-    lines = done.stderr.splitlines()
-    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
-    said = [done.stdout, *(line for line in lines if not line.startswith("import time:"))]
-    needs_hydra = any("=" in argument for argument in arguments) and "--shell-completion" not in arguments
-    assert (done.returncode, "".join(said)[: len(start)]) == (status, start)
-    assert ("hydra" in imported) == needs_hydra
-    assert imported & {"torch", "transformers", "trl", "peft", "modelopt", "datasets", "accelerate"} == set()
-
-
-def test_a_stage_says_within_a_second_that_it_loads_pytorch(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipeline", "stage=upcast", "recipe=smoke", f"run_dir={tmp_path}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as running:
-        assert running.stderr is not None
-        line = running.stderr.readline()
-        used = psutil.Process(running.pid).cpu_times()  # other load does not change it
-        running.kill()
-    assert line == "[upcast] loading PyTorch and other libraries, which takes a few seconds\n"
-    assert used.user + used.system < 1

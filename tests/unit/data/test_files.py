@@ -2,10 +2,7 @@
 
 import gzip
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow
@@ -13,7 +10,6 @@ import pyarrow.parquet
 import pytest
 from data_files import ROWS, conversations, jsonl, load_error, parquet
 
-import pipeline
 from pipeline.config import ColumnsConfig
 
 PAIRS = ColumnsConfig(messages=None, prompt="prompt", completion="completion")
@@ -137,15 +133,6 @@ def test_a_row_that_is_broken_at_the_end_of_a_csv_file_is_named() -> None:
     assert load_error(written("rows.csv", "prompt,completion\na,b\nc\n"), columns=PAIRS).startswith(
         "rows.csv: row 2 (line 3): has 1 cells"
     )
-
-
-def test_a_broken_row_of_a_csv_file_is_named_also_on_several_cores() -> None:
-    written("rows.csv", "prompt,completion\na,b\nonly\n")
-    code = "from pathlib import Path; from pipeline.data.files import read_file;"
-    code += " print([row[1] for row in read_file(Path('rows.csv'), 'train')][1].reason)"
-    environment = {**os.environ, "OMP_NUM_THREADS": "4", "PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
-    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert printed.stdout.startswith("has 1 cells, but the header has 2.")
 
 
 def test_a_broken_row_of_a_csv_file_is_named_with_its_line_after_cells_of_several_lines() -> None:

@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -200,11 +198,3 @@ def test_every_public_name_can_be_imported_and_is_listed() -> None:
     assert all(callable(getattr(pipeline, name)) for name in pipeline.__all__ if name != "FORMATS")
     with pytest.raises(AttributeError, match="module 'pipeline' has no attribute 'rum'"):
         pipeline.rum  # type: ignore[attr-defined]  # noqa: B018
-
-
-def test_importing_the_package_and_run_loads_neither_torch_nor_hydra() -> None:
-    code = (
-        "import sys; import pipeline; from pipeline import run, UserError; print({'torch', 'hydra'} & {*sys.modules})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"

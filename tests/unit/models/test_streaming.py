@@ -1,10 +1,7 @@
 """A streamed model equals the model that transformers loads. It takes no memory until it is filled."""
 
-import os
-import subprocess
 from pathlib import Path
 
-import forks
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +11,6 @@ from pipeline.config import LoraConfig, LoraTarget, Precision, Sharding, TinyCon
 from pipeline.errors import CheckFailed
 from pipeline.models import adapters, loading, saving, sharding, streaming
 from pipeline.models.adapted_names import is_factor
-from pipeline.models.attention import FUSED_SINKS
 from pipeline.models.references import ModelRef
 from pipeline.models.tiny_model import create_tiny
 from pipeline.models.weights import Weights
@@ -39,19 +35,6 @@ def plain(packed: ModelRef) -> ModelRef:
     directory.mkdir()
     saving.write_plain(packed, directory)
     return ModelRef("upcast", directory, directory)
-
-
-def test_a_new_process_builds_a_model_with_fused_attention(packed: ModelRef, tmp_path: Path) -> None:
-    script = tmp_path / "build.py"
-    script.write_text(
-        "import sys\nfrom pathlib import Path\nimport torch\nfrom pipeline.models import streaming\n"
-        "model = streaming.build(Path(sys.argv[1]), torch.bfloat16, attn_implementation=sys.argv[2])\n"
-        "print(model.config._attn_implementation)\n"
-    )
-    command = [*forks.interpreter(), str(script), str(packed.directory), FUSED_SINKS]
-    environment = {**os.environ, "PYTHONPATH": str(Path(streaming.__file__).parents[2])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.stdout.split() == [FUSED_SINKS], done.stderr
 
 
 def attach(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,7 +1,6 @@
 """The program lets segments of GPU memory grow, but keeps the user's setting. Engines do not inherit its setting."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -44,12 +43,6 @@ def test_the_library_sets_it_only_during_a_call(own: dict[str, str], monkeypatch
     assert chosen() == own
 
 
-def test_the_program_sets_it_before_torch_is_loaded() -> None:
-    code = "import sys, pipeline.__main__; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_setting_of_the_user_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "max_split_size_mb:128")
@@ -66,10 +59,3 @@ def test_an_engine_does_not_inherit_it(tmp_path: Path, monkeypatch: pytest.Monke
         engine._process.wait(timeout=60)
     assert log.read_text().split("\n")[:2] == ["{}", "1"]
     assert chosen() == OURS
-
-
-def test_torch_accepts_it() -> None:
-    environment = {**os.environ, **OURS}
-    code = "import torch; print(torch.zeros(2).sum())"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
