@@ -11,14 +11,19 @@ from hydra._internal import defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.hydra import Hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
 
 from pipeline.__main__ import CONF_DIR
 
 _Sources = tuple[tuple[str, str], ...]
 _load, _merge = ConfigRepository.load_config, ConfigLoaderImpl._compose_config_from_defaults_list
+_parse = OverridesParser.parse_rule
+_deepcopy = DictConfig.__deepcopy__
 _map_interpolations = defaults_list._create_interpolation_map
 _loaded: dict[tuple[_Sources, str], Any] = {}
 _merged: dict[tuple[_Sources, str], bytes] = {}
+_parsed: dict[tuple[str, str], Any] = {}
 
 
 @contextmanager
@@ -40,8 +45,11 @@ def composed_quickly() -> Iterator[None]:
     """Let Hydra read each file of conf/ once in this process, and merge the same choice of files once.
 
     Hydra then applies the settings of a command line to a copy. It always reads files in other directories.
+    Copying a configuration takes a quarter of the time.
     """
     with (
+        patch.object(DictConfig, "__deepcopy__", _copy_by_pickle),
+        patch.object(OverridesParser, "parse_rule", _parse_once),
         patch.object(ConfigRepository, "load_config", _load_once),
         patch.object(ConfigLoaderImpl, "_compose_config_from_defaults_list", _merge_once),
         patch.object(CachingConfigRepository, "__init__", _share_sources),
@@ -80,6 +88,27 @@ class _Copies:
 
     def get_schema_source(self) -> Any:
         return self._repository.get_schema_source()
+
+
+def _copy_by_pickle(config: DictConfig, memo: dict[int, Any]) -> DictConfig:
+    """Copy a configuration by way of its pickle. As in OmegaConf, the copy has the same parent, which is not copied."""
+    if memo:  # part of a larger copy
+        return _deepcopy(config, memo)
+    parent = config.__dict__["_parent"]
+    config.__dict__["_parent"] = None
+    try:
+        copied: DictConfig = pickle.loads(pickle.dumps(config, pickle.HIGHEST_PROTOCOL))
+    finally:
+        config.__dict__["_parent"] = parent
+    copied.__dict__["_parent"] = parent
+    return copied
+
+
+def _parse_once(parser: OverridesParser, text: str, rule: str) -> Any:
+    """Parse each text once, and return a copy. The program and Hydra parse each setting of a command line."""
+    if (text, rule) not in _parsed:
+        _parsed[text, rule] = _parse(parser, text, rule)
+    return copy.deepcopy(_parsed[text, rule])
 
 
 def _share_sources(self: CachingConfigRepository, delegate: Any) -> None:
