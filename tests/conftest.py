@@ -1,8 +1,10 @@
 """Functions that run the program in this process, and shared fixtures such as finished runs and a chat server."""
 
 import gc
+import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +48,9 @@ SHORT = (
     "verify.samples=2",
 )
 """Settings that shorten the smoke recipe to seconds."""
+
+_NUMBERS = itertools.count()
+"""Numbers of the directories that tests get from `tmp_path`."""
 
 ONE_LAYER = ("sft.lora.layers=[1]", "qat.lora.layers=[1]")
 """Settings that `lora_run` adds to SHORT."""
@@ -132,6 +137,20 @@ def quick_composition() -> Iterator[None]:
     """Calls of the library, and functions that compose a configuration, are as quick as `run_program`."""
     with composed_quickly():
         yield
+
+
+@pytest.fixture(scope="session")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory with the directories of all tests."""
+    return tmp_path_factory.mktemp("tests")
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, directories: Path) -> Path:
+    """A new directory. To find a free number, pytest's own fixture lists the directories of all earlier tests."""
+    made = directories / f"{re.sub(r'[^A-Za-z0-9]', '_', request.node.name):.30}_{next(_NUMBERS)}"
+    made.mkdir(mode=0o700)
+    return made
 
 
 @pytest.fixture(autouse=True)
