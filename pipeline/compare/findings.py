@@ -11,7 +11,8 @@ from pipeline.compare.digits import size
 from pipeline.compare.evidence import KL, LOSS, NOTHING, Chain, Test, find_chains, format_pairs, pairs_of
 from pipeline.compare.names import PTQ, QAT, SFT, figure_title
 from pipeline.compare.rows import PATIENCE, Row, control_of
-from pipeline.config.controls import MORE_SFT, is_control
+from pipeline.config.controls import is_control
+from pipeline.config.pipeline import MORE_SFT
 from pipeline.evaluate.statistics import BETTER, WORSE
 
 _SERVED = "served_bytes"

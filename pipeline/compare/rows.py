@@ -21,7 +21,8 @@ from pipeline.compare.names import (
 )
 from pipeline.compare.rounding import Rounding, find_rounding, find_twin
 from pipeline.compare.runs import EvaluatedRun, StageFacts, has_answers
-from pipeline.config.controls import BF16_PARTS, MORE_SFT, is_control
+from pipeline.config.controls import is_control
+from pipeline.config.pipeline import BF16_PARTS, MORE_SFT
 from pipeline.errors import UserError
 from pipeline.evaluate.generation.journal import read_answer
 from pipeline.evaluate.scorers import VERDICTS

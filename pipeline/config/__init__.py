@@ -38,7 +38,8 @@ from pipeline.config.pipeline import (
     Sharding,
     Stage,
     can_train_parts,
-    listed_stages,
+    listed_controls,
+    listed_names,
     rebuilds,
 )
 from pipeline.config.quantize import (
@@ -144,7 +145,8 @@ __all__ = [
     "is_known",
     "keeps_packed",
     "leaves_nothing_to_round",
-    "listed_stages",
+    "listed_controls",
+    "listed_names",
     "packs_rounded",
     "raise_if_nothing_to_round",
     "rebuilds",

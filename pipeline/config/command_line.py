@@ -38,7 +38,7 @@ _FLAGS_WITH_VALUE = (
     *("--experimental-rerun", "--info", "-i", "--shell-completion", "-sc"),
 )
 """Flags that may be followed by a value."""
-_LIST = re.compile(r"overwrite=(?:\[[\w, ]*\]|[\w ]+(?:,[\w ]*)+)")
+_LIST = re.compile(r"overwrite=(?:\[[\w/, ]*\]|[\w/ ]+(?:,[\w/ ]*)+)")
 
 
 def asks_for(flag: str, arguments: list[str]) -> bool:
@@ -88,7 +88,7 @@ def problems(arguments: list[str], folders: Folders) -> list[str]:
 
 
 def quote_lists(arguments: list[str]) -> list[str]:
-    """Return the arguments with quotes around the stages in `overwrite=sft,qat`. Hydra would read a sweep."""
+    """Return the arguments with quotes around the list in `overwrite=sft,qat`. Hydra would read a sweep."""
     return [
         f"overwrite='{argument.partition('=')[2].strip('[]')}'" if _LIST.fullmatch(argument) else argument
         for argument in arguments

@@ -3,11 +3,19 @@
 A control is a run of its own in `<run_dir>/controls/<name>`. It shares the earlier stages of the main run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
 from pipeline.config import rules
-from pipeline.config.pipeline import PipelineConfig, Stage
+from pipeline.config.pipeline import (
+    BF16_PARTS,
+    MORE_SFT,
+    PipelineConfig,
+    Stage,
+    listed_controls,
+    listed_names,
+    rebuilds,
+)
 from pipeline.config.quantize import QuantizeSource, RoundingMethod, leaves_nothing_to_round
 from pipeline.config.rates import convert
 from pipeline.config.training import Method, Precision, SftConfig, TrainConfig
@@ -17,9 +25,6 @@ DIRECTORY = Stage.controls.name
 
 CONTROL_FILE = "control.json"
 """File in a control's directory. It names the stage that makes the control's model."""
-
-MORE_SFT, BF16_PARTS = "more_sft", "bf16_parts"
-"""Names of the controls that train. Each other control has the name of its rounding method."""
 
 _BEST_FIRST = (RoundingMethod.auto, RoundingMethod.gptq, RoundingMethod.stochastic, RoundingMethod.nearest)
 _OF_METHOD = ("method", "lora", "precision", "optimizer", "stochastic_rounding")
@@ -51,6 +56,31 @@ class Control:
 def is_control(model: str) -> bool:
     """Return whether the name of a model in the results is that of a control."""
     return model.startswith(f"{DIRECTORY}/")
+
+
+def rebuilds_stage(overwrite: bool | str, control: str, stage: Stage) -> bool:
+    """Return whether `overwrite` asks to rebuild a stage of a control.
+
+    `controls` and the control's name ask for all its stages. `<control>/<stage>` asks for this stage, and for the
+    control's stages after it, which are made from it.
+    """
+    if rebuilds(overwrite, Stage.controls) or control in listed_names(overwrite):
+        return True
+    order = list(Stage)
+    before = order[: order.index(stage) + 1]
+    return any(f"{control}/{each.name}" in listed_names(overwrite) for each in before)
+
+
+def overwrite_problem(overwrite: bool | str, controls: Iterable[Control]) -> str | None:
+    """Return a message if `overwrite` lists a control, or a stage of one, that is not among `controls`. Else None."""
+    known = [(each.name, *(f"{each.name}/{stage.name}" for stage in each.stages)) for each in controls]
+    missing = [name for name in listed_controls(overwrite) if not any(name in names for names in known)]
+    if not missing:
+        return None
+    return (
+        f"overwrite={overwrite}: this run makes no control {' or '.join(missing)}. It makes"
+        f" {', '.join(name for names in known for name in names)}."
+    )
 
 
 def reason_for_none(config: PipelineConfig) -> str | None:

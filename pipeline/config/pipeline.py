@@ -15,7 +15,7 @@ from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.export import ExportConfig
 from pipeline.config.format import FormatConfig
 from pipeline.config.model import ModelConfig
-from pipeline.config.quantize import QuantizeConfig, QuantizeSource
+from pipeline.config.quantize import QuantizeConfig, QuantizeSource, RoundingMethod
 from pipeline.config.serve import ServeConfig
 from pipeline.config.tracking import TrackingConfig
 from pipeline.config.training import QatConfig, SftConfig
@@ -66,24 +66,42 @@ def can_train_parts(stage: str, source: QuantizeSource, experts: Experts | None)
     return source is QuantizeSource.sft and not is_first_in_bf16
 
 
-REBUILDABLE = tuple(stage.name for stage in Stage if stage not in (Stage.all, Stage.serve))
-"""Names of the stages that `overwrite` may list."""
+MORE_SFT, BF16_PARTS = "more_sft", "bf16_parts"
+"""Names of the controls that train. Each other control has the name of its rounding method."""
+
+CONTROLS = (*(method.name for method in RoundingMethod if method is not RoundingMethod.auto), MORE_SFT, BF16_PARTS)
+"""Names of all controls that a run may have."""
+
+_REBUILDABLE = (*(stage.name for stage in Stage if stage not in (Stage.all, Stage.serve)), *CONTROLS)
+_OF_CONTROLS = {
+    f"{control}/{stage.name}" for control in CONTROLS for stage in (Stage.upcast, Stage.sft, Stage.quantize)
+}
+"""The names that `overwrite` may list, and names of one stage of a control, which the help does not list."""
 
 
-def listed_stages(overwrite: bool | str) -> tuple[str, ...]:
-    """Return the names that `overwrite` lists, as in `overwrite=sft,quantize`. true and false list none."""
-    return () if isinstance(overwrite, bool) else tuple(name.strip() for name in overwrite.split(","))
+def listed_names(overwrite: bool | str) -> tuple[str, ...]:
+    """Return the names that `overwrite` lists, as in `overwrite=sft,quantize`. true and false list none.
+
+    A name is a stage, a control (`more_sft`), or a stage of a control (`more_sft/quantize`).
+    """
+    names = () if isinstance(overwrite, bool) else overwrite.split(",")
+    return tuple(name.strip().removeprefix(f"{Stage.controls.name}/") for name in names)
+
+
+def listed_controls(overwrite: bool | str) -> tuple[str, ...]:
+    """Return the names in `overwrite` that belong to one control: the control, or a stage of it."""
+    return tuple(name for name in listed_names(overwrite) if name.partition("/")[0] in CONTROLS)
 
 
 def rebuilds(overwrite: bool | str, stage: Stage) -> bool:
     """Return whether `overwrite` asks to rebuild a stage."""
-    return overwrite if isinstance(overwrite, bool) else stage.name in listed_stages(overwrite)
+    return overwrite if isinstance(overwrite, bool) else stage.name in listed_names(overwrite)
 
 
 _LIST_OF_STAGES = Bound(
-    f"true, false, or stages with commas between them: {', '.join(REBUILDABLE)}",
-    lambda value: isinstance(value, bool) or set(listed_stages(value)) <= set(REBUILDABLE),
-    ("true", "false", *REBUILDABLE),
+    f"true, false, or stages and controls with commas between them: {', '.join(_REBUILDABLE)}",
+    lambda value: isinstance(value, bool) or {*listed_names(value)} <= {*_REBUILDABLE, *_OF_CONTROLS},
+    ("true", "false", *_REBUILDABLE),
 )
 
 
@@ -102,7 +120,7 @@ class PipelineConfig:
     device: Device = Device.auto
     """Device of upcast and export; auto: the GPU if there is one. All devices give bit-identical results."""
     overwrite: Annotated[Union[bool, str], _LIST_OF_STAGES] = False
-    """Rebuild a complete stage. Unfinished work with other settings is discarded. stage=all needs names: sft,qat."""
+    """Rebuild a complete stage or control. Unfinished work of other settings is discarded. all needs names: sft,qat."""
     sharding: Sharding = Sharding.none
     """Split over processes: parameters, gradients and optimizer (fsdp2, zero3), or gradients and optimizer (zero2)."""
     controls: bool = False

@@ -1,6 +1,5 @@
 """Commands of this program, as messages show them, and the command that runs now."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from pipeline.config.controls import CONTROL_FILE
 from pipeline.config.controls import DIRECTORY as CONTROLS_DIR
 from pipeline.config.groups import RECIPE
 from pipeline.config.overrides import assignment, belongs_to_run, by_key, key_of, shown
+from pipeline.config.pipeline import CONTROLS
 from pipeline.runs import launches, own_settings
 
 _CHOOSES_PLACE = ("stage", "run_dir", "overwrite")
@@ -64,9 +64,9 @@ def current() -> Command | None:
 
 
 def mark_begun(stage: str) -> None:
-    """State that a stage has begun, so that resuming it must not rebuild it once more."""
-    if _current is not None and stage in _current.pending:
-        _current.pending.remove(stage)
+    """State that a stage has begun, or a control is made, so that resuming it must not rebuild it once more."""
+    if _current is not None:
+        _current.pending = [name for name in _current.pending if name.partition("/")[0] != stage]
 
 
 def stage_command(
@@ -113,20 +113,14 @@ def _command_of_control(stage: Stage, control: Path, overrides: Sequence[str], r
     """Return the command that runs a stage of a control, or all its stages for `Stage.controls`.
 
     A stage that is a link belongs to the main run. With overwrite=true, `stage=controls` would make all controls again.
-    So the command deletes only the stage, and the stages of the control that are made from it.
+    So the command names the control, or its stage. The control's stages after it are then rebuilt, too.
     """
     main = str(control.parent.parent)
     if (control / stage.name).is_symlink():
         return run_command(stage, main, *overrides, recipe=recipe)
-    further = [each for each in overrides if each != _REBUILD]
-    command = run_command(Stage.controls, main, *further, recipe=recipe)
-    if _REBUILD not in overrides:
-        return command
-    order = list(Stage)
-    first = 0 if stage is Stage.controls else order.index(stage)
-    places = [control / each.name for each in order[first:]]
-    made = [shlex.quote(str(place)) for place in places if place.is_dir() and not place.is_symlink()]
-    return f"rm -r {' '.join(made)} && {command}" if made else command
+    named = control.name if stage is Stage.controls else f"{control.name}/{stage.name}"
+    further = [f"overwrite={named}" if each == _REBUILD else each for each in overrides]
+    return run_command(Stage.controls, main, *further, recipe=recipe)
 
 
 def rebuild_command(directory: Path) -> str | None:
@@ -190,7 +184,7 @@ def resume() -> str:
     own = [text for key, text in given.items() if not belongs_to_run(key) and key not in _CHOOSES_PLACE]
     if command.pending:
         own.append(f"overwrite={'true' if command.pending == [command.stage] else ','.join(command.pending)}")
-    is_in_parts = Stage.controls.name in command.pending
+    is_in_parts = any(name.partition("/")[0] in (Stage.controls.name, *CONTROLS) for name in command.pending)
     return (launches.prefix() if is_in_parts else "") + run_command(Stage[command.stage], command.run_dir, *own)
 
 

@@ -16,6 +16,7 @@ from pipeline.runs.run import DATA_DIR, PREDICTIONS_DIR, SOURCE_DIR, START, Run
 from pipeline.runs.settings import choose_settings
 
 _SHARED = (SOURCE_DIR, DATA_DIR, PREDICTIONS_DIR)
+_NOT_MADE = "a run with these settings has no such control"
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,11 @@ class Made:
         load(self.artifact.directory, remedy=remedy_of(self.artifact.directory))
 
 
-def remedy(directory: Path) -> str:
+def remedy(made: Made) -> str:
     """Return the advice for a control that is stale: make all its stages again, or go on without it."""
+    directory = made.artifact.directory.parent
+    if made.staleness == _NOT_MADE:
+        return f"To go on without it, delete {directory}."
     return _advise(directory, run_command(Stage.controls, str(directory), "overwrite=true"))
 
 
@@ -132,7 +136,7 @@ def _other_settings(main: Run, directory: Path) -> str | None:
     listed = controls_of(main.config, str(main.stage_dir(Stage.sft)), has_mxfp4=True)
     control = next((each for each in listed if each.name == directory.name), None)
     if control is None:
-        return "a run with these settings has no such control"
+        return _NOT_MADE
     for stage in control.stages:
         path = directory / stage.name
         if path.is_symlink() or not (path / ARTIFACT_FILE).is_file():

@@ -1,10 +1,11 @@
 """Check what `stage=all` would discard for `overwrite`, before it discards anything."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.config import PipelineConfig, Stage, listed_stages
+from pipeline.config import PipelineConfig, Stage, listed_controls, listed_names
 from pipeline.config.controls import DIRECTORY as CONTROLS_DIR
+from pipeline.config.controls import controls_of, overwrite_problem
 from pipeline.errors import UserError
 from pipeline.runs import launches, parts
 from pipeline.runs.artifacts import ARTIFACT_FILE, CHECKPOINTS_DIR, MODEL_STAGES, UNFINISHED_FILE, load
@@ -24,14 +25,30 @@ def check(config: PipelineConfig, stages: Sequence[Stage]) -> None:
     here = Run(config)
     if config.overwrite is True:
         _raise_if_all_would_go(here, stages)
-    if not (named := listed_stages(config.overwrite)):
+    if not (named := listed_names(config.overwrite)):
         return
-    if missing := [name for name in named if name not in {stage.name for stage in stages}]:
+    _raise_if_not_run(config, named, stages)
+    _raise_if_more_must_go(here, named, stages)
+
+
+def _raise_if_not_run(config: PipelineConfig, named: Sequence[str], stages: Sequence[Stage]) -> None:
+    """Raise UserError if a name is no stage or control that the command runs.
+
+    `stage=controls` repeats the check of controls, because it knows whether the source's experts are MXFP4.
+    """
+    controls = listed_controls(config.overwrite)
+    missing = [name for name in named if name not in {stage.name for stage in stages} and name not in controls]
+    if controls and Stage.controls not in stages:
+        missing += controls
+    if missing:
+        hint = " Add controls=true." if controls and not config.controls else ""
         raise UserError(
             f"overwrite={config.overwrite}: this command does not run {' or '.join(missing)}. It runs"
-            f" {', '.join(stage.name for stage in stages)}."
+            f" {', '.join(stage.name for stage in stages)}.{hint}"
         )
-    _raise_if_more_must_go(here, named, stages)
+    possible = controls_of(config, str(Run(config).stage_dir(Stage.sft)), has_mxfp4=True)
+    if (problem := overwrite_problem(config.overwrite, possible)) is not None:
+        raise UserError(problem)
 
 
 def _raise_if_all_would_go(here: Run, stages: Sequence[Stage]) -> None:
@@ -50,14 +67,33 @@ def _raise_if_more_must_go(here: Run, named: Sequence[str], stages: Sequence[Sta
     Reports are left out, because they bring themselves up to date.
     """
     going = {stage for stage in stages if stage.name in named}
+    if _made_controls(here) <= {*named}:
+        going.add(Stage.controls)
     further = [stage for stage in stages if stage in _made_from(here, going) and stage not in going]
     if further:
-        every = ",".join(stage.name for stage in stages if stage in going or stage in further)
+        every = ",".join(_names(named, [stage for stage in stages if stage in further], stages))
         raise UserError(
             f"overwrite={','.join(named)}: {_described(here, further)} in {here.config.run_dir} would not fit the"
             f" rebuilt {', '.join(named)}. Name these stages, too: overwrite={every}. Or use another run_dir to keep"
             " them."
         )
+
+
+def _names(named: Sequence[str], further: Sequence[Stage], stages: Sequence[Stage]) -> list[str]:
+    """Return the named and the further stages in the order of `stages`, then the named controls."""
+    listed = [stage.name for stage in stages if stage.name in named or stage in further]
+    if Stage.controls in further:
+        return listed
+    return [*listed, *(name for name in named if name not in listed)]
+
+
+def _made_controls(here: Run) -> set[str]:
+    """Return the names of the controls that have results which a rebuilt stage of the run would make stale."""
+    return {path.parent.parent.name for path in _artifacts_of_controls(here) if _own_seconds(path.parent) is not None}
+
+
+def _artifacts_of_controls(here: Run) -> Iterator[Path]:
+    return (here.directory / CONTROLS_DIR).glob(f"*/*/{ARTIFACT_FILE}")
 
 
 def _made_from(here: Run, going: set[Stage]) -> set[Stage]:
@@ -111,7 +147,7 @@ def _seconds(here: Run, stage: Stage) -> float | None:
     has begun.
     """
     if stage is Stage.controls:
-        made = [_own_seconds(path.parent) for path in (here.directory / CONTROLS_DIR).glob(f"*/*/{ARTIFACT_FILE}")]
+        made = [_own_seconds(path.parent) for path in _artifacts_of_controls(here)]
         lost = [each for each in made if each is not None]
         return sum(lost) if lost else None
     return _own_seconds(here.stage_dir(stage) if stage.name in parts.STAGES else here.directory / stage.name)

@@ -6,7 +6,15 @@ The stage has no artifact of its own. Each control has the artifacts of its stag
 from dataclasses import replace
 
 from pipeline.config import PipelineConfig, Stage
-from pipeline.config.controls import BF16_PARTS, Control, controls_of, reason_for_none, reason_without_parts
+from pipeline.config.controls import (
+    Control,
+    controls_of,
+    overwrite_problem,
+    reason_for_none,
+    reason_without_parts,
+    rebuilds_stage,
+)
+from pipeline.config.pipeline import BF16_PARTS
 from pipeline.errors import CheckFailed, MachineError, UserError, prefixed
 from pipeline.models import references, sharding
 from pipeline.runs import commands, controls, up_to_date
@@ -27,19 +35,33 @@ def run(config: PipelineConfig) -> Artifact:
     has_mxfp4 = upcast.kind is Kind.packed or upcast.read(UpcastRecord).decoded_tensors > 0
     if (reason := reason_without_parts(config, has_mxfp4=has_mxfp4)) is not None:
         say("controls", f"{BF16_PARTS}: skipped, because {reason}")
-    made = [_make(here, upcast, each) for each in controls_of(config, str(sft.directory), has_mxfp4=has_mxfp4)]
+    listed = [_without_shared(upcast, each) for each in controls_of(config, str(sft.directory), has_mxfp4=has_mxfp4)]
+    if (problem := overwrite_problem(config.overwrite, listed)) is not None:
+        raise UserError(problem)
+    made = [_make(here, each) for each in listed]
     commands.mark_begun(Stage.controls.name)  # only now, because controls that have not begun are still to be rebuilt
     return made[-1]
 
 
-def _make(here: Run, upcast: Artifact, control: Control) -> Artifact:
-    """Run the stages of one control. Its upcast is the main run's if its experts are packed, as BF16 parts need."""
+def _without_shared(upcast: Artifact, control: Control) -> Control:
+    """Return the control without `upcast`, if the main run's has packed experts, as BF16 parts need."""
     shares_upcast = upcast.kind is Kind.packed
-    stages = [stage for stage in control.stages if stage is not Stage.upcast or not shares_upcast]
+    own = tuple(stage for stage in control.stages if stage is not Stage.upcast or not shares_upcast)
+    return replace(control, stages=own)
+
+
+def _make(here: Run, control: Control) -> Artifact:
+    """Run the stages of one control."""
     up_to_date.say_if_needed("controls", f"{control.name}: {control.config.run_dir}")
     try:
-        controls.prepare(here, control, stages)
-        artifacts = [run_stage(replace(control.config, stage=stage)) for stage in stages]
+        controls.prepare(here, control, control.stages)
+        artifacts = [_run(here, control, stage) for stage in control.stages]
     except (UserError, CheckFailed, MachineError) as error:
         raise prefixed(error, f"control {control.name} ({control.origin})") from error
+    commands.mark_begun(control.name)
     return artifacts[-1]
+
+
+def _run(here: Run, control: Control, stage: Stage) -> Artifact:
+    overwrite = rebuilds_stage(here.config.overwrite, control.name, stage)
+    return run_stage(replace(control.config, stage=stage, overwrite=overwrite))

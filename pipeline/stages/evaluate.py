@@ -86,8 +86,7 @@ def _refs(here: Run, source: str | None) -> list[ModelRef]:
     stages += references.export_refs(here)
     for made in controls.find_made(here):
         if made.staleness is not None:
-            remedy = controls.remedy(made.artifact.directory.parent)
-            warn("evaluate", f"{made.model}: skipped, because it is stale: {made.staleness}. {remedy}")
+            warn("evaluate", f"{made.model}: skipped, because it is stale: {made.staleness}. {controls.remedy(made)}")
     return [*stages, *_controls(here)]
 
 

@@ -118,10 +118,43 @@ def test_a_damaged_control_stops_only_an_evaluation_that_measures_it(
     assert run_program("stage=evaluate", f"run_dir={run_dir}", *SETTINGS, "evaluate.source=all") == 2
     error = capsys.readouterr().err
     assert f"without it, delete {damaged}." in error
-    assert f"Make it again: rm -r {damaged}/quantize && " in error
-    shutil.rmtree(damaged / "quantize")
-    assert run_program("stage=controls", f"run_dir={run_dir}", *SETTINGS) == 0
+    assert "stage=controls" in error and "overwrite=stochastic/quantize. To go on" in error
+    assert run_program("stage=controls", f"run_dir={run_dir}", *SETTINGS, "overwrite=stochastic/quantize") == 0
     assert capsys.readouterr().out.count("done in") == 1
+    assert stages(run_dir) == stages(whole)
+
+
+def test_overwrite_rebuilds_one_control_and_a_stage_of_one(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
+    chosen = (f"run_dir={run_dir}", *SETTINGS)
+    for stage, named, rebuilt in (
+        ("controls", "more_sft", ["controls/more_sft/sft", MORE]),
+        ("all", "more_sft/quantize,bf16_parts", [MORE, "controls/bf16_parts/upcast", PARTS]),
+    ):
+        capsys.readouterr()
+        assert run_program(f"stage={stage}", *chosen, f"overwrite={named}") == 0
+        said = capsys.readouterr().out
+        made = [line.rpartition(f"{run_dir}/")[2] for line in said.splitlines() if "done in" in line]
+        assert [name for name in made if name.startswith("controls/")] == rebuilt
+        assert stages(run_dir) == stages(whole)
+    assert run_program("stage=controls", *chosen, "overwrite=nearest") == 2
+    assert "this run makes no control nearest" in capsys.readouterr().err
+
+
+def test_an_interrupted_rebuild_of_a_control_goes_on_with_the_command_of_its_message(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
+    chosen = ("stage=controls", f"run_dir={run_dir}", *SETTINGS, "overwrite=more_sft")
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.Checkpoints, "on_save", make_interruption(3))
+        assert run_program(*chosen) == 130
+    error = capsys.readouterr().err
+    assert "GPT_OSS_QAT_LAUNCH=" in error and "overwrite=more_sft" in error
+    assert run_program(*chosen) == 0
+    assert "resuming from step 3" in capsys.readouterr().out
     assert stages(run_dir) == stages(whole)
 
 

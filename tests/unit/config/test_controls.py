@@ -7,14 +7,13 @@ import pytest
 from config.composing import RECIPES, resolved
 from pipeline.config import Experts, Method, PipelineConfig, Precision, RoundingMethod, Stage, TrainConfig
 from pipeline.config.controls import (
-    BF16_PARTS,
-    MORE_SFT,
     Control,
     controls_of,
     is_control,
     reason_for_none,
     reason_without_parts,
 )
+from pipeline.config.pipeline import BF16_PARTS, MORE_SFT
 
 OTHERS = {method.name for method in RoundingMethod} - {"auto", "nearest"}
 

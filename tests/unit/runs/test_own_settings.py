@@ -354,9 +354,9 @@ def test_a_stage_of_a_control_is_made_by_controls(built: list[PipelineConfig]) -
     (control / "upcast").symlink_to("../../upcast")
     (control / "control.json").touch()
     made_by = "python -m pipeline stage=controls run_dir=r"
-    for stage, removed in (("quantize", "{0}/quantize"), ("sft", "{0}/sft {0}/quantize")):
+    for stage, named in (("quantize", "more_sft/quantize"), ("sft", "more_sft/sft"), ("controls", "more_sft")):
         command = commands.run_command(Stage[stage], str(control), "overwrite=true")
-        assert command == f"rm -r {removed.format(control)} && {made_by}"
+        assert command == f"{made_by} overwrite={named}"
     assert commands.run_command(Stage.quantize, str(control), "qat.seed=1") == f"{made_by} qat.seed=1"
     command = commands.run_command(Stage.upcast, str(control), "overwrite=true")
     assert command == "python -m pipeline stage=upcast run_dir=r overwrite=true"

@@ -90,6 +90,24 @@ def test_controls_count_if_the_command_makes_them(run_dir: Path) -> None:
     assert "controls (60 min)" in error_of(run_dir, chosen, (*STAGES, Stage.controls))
 
 
+def test_controls_that_are_all_named_themselves_need_no_further_name(run_dir: Path) -> None:
+    stages = (*STAGES, Stage.controls)
+    for name in ("more_sft", "stochastic"):
+        record(run_dir / "controls" / name / "quantize", seconds=60.0)
+    accept(run_dir, "sft,quantize,qat,export,more_sft,stochastic", stages)
+    assert "Name these stages, too: overwrite=sft,quantize,qat,export,controls." in error_of(
+        run_dir, "sft,quantize,qat,export,more_sft", stages
+    )
+    accept(run_dir, "more_sft", stages)
+    assert "overwrite=quantize,qat,export,more_sft." in error_of(run_dir, "quantize,more_sft", stages)
+
+
+def test_a_control_that_the_command_does_not_make_is_refused(run_dir: Path) -> None:
+    assert error_of(run_dir, "more_sft").endswith("compare. Add controls=true.")
+    message = error_of(run_dir, "nearest", (*STAGES, Stage.controls))
+    assert message.startswith("overwrite=nearest: this run makes no control nearest. It makes stochastic, ")
+
+
 def test_stages_of_base_run_and_linked_stages_are_never_discarded(run_dir: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()

@@ -38,6 +38,12 @@ def test_a_link_is_removed_if_the_control_makes_the_stage_itself(main: Run) -> N
     assert (directory / "data").is_symlink()
 
 
+def stale(main: Run) -> str:
+    """Return the advice for the only control of a run, which is stale."""
+    (made,) = controls.find_made(main)
+    return controls.remedy(made)
+
+
 def stochastic(main: Run, **facts: Any) -> str | None:
     """Make PTQ by stochastic rounding, and return the reason why it is stale."""
     directory = main.directory / "controls" / "stochastic"
@@ -57,6 +63,13 @@ def test_a_control_with_other_settings_than_the_main_run_gives_it_is_stale(main:
 def test_a_control_that_the_settings_do_not_ask_for_is_stale(main: Run) -> None:
     own = replace(main.config, quantize=replace(main.config.quantize, method=RoundingMethod.stochastic))
     assert stochastic(Run(own)) == "a run with these settings has no such control"
+    assert stale(Run(own)) == f"To go on without it, delete {main.directory}/controls/stochastic."
+
+
+def test_the_advice_for_a_stale_control_rebuilds_this_control_alone(main: Run) -> None:
+    stochastic(main, settings={"quantize.method": "stochastic", "quantize.seed": 7})
+    again = f"Make it again: python -m pipeline stage=controls run_dir={main.directory} overwrite=stochastic. To go"
+    assert stale(main).startswith(again)
 
 
 def test_more_sft_is_stale_if_sft_was_rebuilt_but_not_if_sft_was_removed(main: Run) -> None:
@@ -72,7 +85,7 @@ def test_more_sft_is_stale_if_sft_was_rebuilt_but_not_if_sft_was_removed(main: R
 
 def test_a_damaged_control_is_to_be_made_again_or_deleted_but_never_the_main_run(main: Run) -> None:
     directory = main.directory / "controls" / "stochastic"
-    again = f"rm -r {directory}/quantize && python -m pipeline stage=controls run_dir={main.directory}"
+    again = f"python -m pipeline stage=controls run_dir={main.directory} overwrite=stochastic/quantize"
     remedy = f"Make it again: {again}. To go on without it, delete {directory}."
     stochastic(main, files={"model.safetensors": 3})
     (made,) = controls.find_made(main)
