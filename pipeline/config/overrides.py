@@ -95,6 +95,19 @@ def assignment(key: str, value: str) -> str:
     return f"{key}={value if _NEEDS_NO_QUOTES.fullmatch(value) else quoted(value)}"
 
 
+def override_of(key: str, value: object) -> str:
+    """Return the override that sets a key to a plain value: text, number, truth value, null, or a list of these."""
+    return assignment(key, value) if isinstance(value, str) else f"{key}={_text(value)}"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(_text(each) for each in value)}]"
+    if isinstance(value, str):
+        return quoted(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def quoted(value: str) -> str:
     """Quote a value for an override, so that commas, quotes and brackets have no meaning. `${key}` keeps its own."""
     from hydra.core.override_parser.types import Quote, QuotedString

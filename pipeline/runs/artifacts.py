@@ -5,6 +5,7 @@ contents alone. So if a stage is rebuilt with the same result, later stages stay
 """
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,7 +18,7 @@ from pipeline import __version__
 from pipeline.config import Stage
 from pipeline.config.secrets import without_secrets
 from pipeline.errors import UserError
-from pipeline.runs.commands import locate, rebuild_command
+from pipeline.runs.commands import locate, rebuild_command, recorded
 from pipeline.runs.console import progress
 from pipeline.runs.foreign_files import parse_json
 from pipeline.runs.metrics import METRICS_FILE
@@ -172,7 +173,8 @@ def load(directory: Path, check_files: bool = True, remedy: str | None = None) -
 def advise_rebuild(directory: Path) -> str:
     """Return the advice for a damaged stage."""
     command, place = rebuild_command(directory), locate(directory)
-    stage = "its stage" if place is None else " ".join([f"stage={place.stage.name}", *place.target])
+    made = [] if place is None else [*place.target, *recorded(directory, place.stage)]
+    stage = "its stage" if place is None else shlex.join([f"stage={place.stage.name}", *made])
     return f"Run {stage} again with overwrite=true." if command is None else f"Rebuild it: {command}"
 
 

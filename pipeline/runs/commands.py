@@ -1,18 +1,33 @@
 """Commands of this program, as messages show them, and the command that runs now."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import ExportTarget, PipelineConfig, Stage
 from pipeline.config.controls import CONTROL_FILE
 from pipeline.config.controls import DIRECTORY as CONTROLS_DIR
 from pipeline.config.groups import RECIPE
-from pipeline.config.overrides import assignment, belongs_to_run, by_key, key_of, shown
+from pipeline.config.overrides import assignment, belongs_to_run, by_key, key_of, override_of, shown
 from pipeline.config.pipeline import CONTROLS
+from pipeline.config.secrets import has_secret
 from pipeline.runs import launches, own_settings
+from pipeline.runs.settings import choose_settings
 
 _CHOOSES_PLACE = ("stage", "run_dir", "overwrite")
+_ASKED = {
+    Stage.doctor: ("doctor",),
+    Stage.export: ("export.source",),
+    Stage.verify: ("verify.checkpoint",),
+    Stage.evaluate: ("evaluate.source", "evaluate.endpoint"),
+    Stage.compare: ("compare.runs",),
+    Stage.publish: ("export.source", "export.push_to_hub"),
+    Stage.serve: ("export.source", "serve"),
+}
+"""Keys and sections that belong to one command and not to the run, by the stage that reads them."""
+_RECORDED = (Stage.export, Stage.verify, Stage.evaluate, Stage.compare)
+"""Stages whose result depends on these keys. The stage's own config.yaml has recorded them."""
 _REBUILD = "overwrite=true"
 
 
@@ -67,6 +82,47 @@ def mark_begun(stage: str) -> None:
     """State that a stage has begun, or a control is made, so that resuming it must not rebuild it once more."""
     if _current is not None:
         _current.pending = [name for name in _current.pending if name.partition("/")[0] != stage]
+
+
+def asked(stage: Stage) -> list[str]:
+    """Return the overrides with which the present command alone says what a stage does, such as `export.source=…`."""
+    given = {} if _current is None else _current.overrides
+    return [text for key, text in given.items() if _concerns(key, stage) and not has_secret(text)]
+
+
+def _concerns(key: str, stage: Stage) -> bool:
+    return any(key == each or key.startswith(f"{each}.") for each in _ASKED.get(stage, ()))
+
+
+def recorded(directory: Path, stage: Stage) -> list[str]:
+    """Return the overrides of this kind with which a stage was made, from its config.yaml.
+
+    Without a readable config.yaml there are none. The stage is then damaged, and its other files do not say it either.
+    """
+    import yaml
+
+    try:
+        made = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    keys = _ASKED[stage] if stage in _RECORDED else ()
+    defaults = choose_settings(PipelineConfig(), keys)
+    settings = {key: value for each in keys for key, value in _flat(each, made)}
+    found = [override_of(key, value) for key, value in settings.items() if value != defaults.get(key)]
+    own = own_settings.read(directory.parent if directory.name in Stage.__members__ else directory.parent.parent)
+    kept = [text for text in found if not has_secret(text)]
+    return kept if own is None else [own_settings.from_here(text, Path(own.working_directory)) for text in kept]
+
+
+def _flat(key: str, made: Any) -> Iterator[tuple[str, object]]:
+    """Yield the settings under a dotted key of a config.yaml, each with its key. A damaged file may lack them."""
+    value = made
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if isinstance(value, dict):
+        yield from ((f"{key}.{name}", each) for name, each in value.items())
+    elif value is not None:
+        yield key, value
 
 
 def stage_command(
@@ -124,15 +180,25 @@ def _command_of_control(stage: Stage, control: Path, overrides: Sequence[str], r
 
 
 def rebuild_command(directory: Path) -> str | None:
-    """Return the command that rebuilds the stage in a directory. Return None if its settings are not known."""
+    """Return the command that rebuilds what a stage's directory holds. Return None if its settings are not known.
+
+    If the present command is about another stage, its settings do not count: the run has recorded those of the stage.
+    """
     if (place := locate(directory)) is None:
         return None
     run_dir = str(place.run_dir)
-    if _current is not None and _absolute(_current.run_dir) == place.run_dir:
+    if _is_control(place.run_dir):
+        return run_command(place.stage, run_dir, _REBUILD)
+    is_own = _current is not None and _absolute(_current.run_dir) == place.run_dir
+    if _current is not None and is_own:
         run_dir = _current.run_dir
     if _needed(run_dir) is None:
         return None
-    return run_command(place.stage, run_dir, *place.target, _REBUILD)
+    is_present = _current is not None and is_own and _current.stage in (place.stage.name, Stage.all.name)
+    named = by_key([*recorded(directory, place.stage), *(asked(place.stage) if is_present else [])]).values()
+    if is_present or own_settings.read(place.run_dir) is None:
+        return run_command(place.stage, run_dir, *place.target, *named, _REBUILD)
+    return stage_command(place.stage, *place.target, *named, _REBUILD, run_dir=run_dir)
 
 
 @dataclass(frozen=True)

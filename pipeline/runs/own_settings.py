@@ -17,8 +17,9 @@ RECORD_FILE = "command.yaml"
 _PATHS = (
     *("base_run", "data.path", "data.validation.path", "evaluate.lm_eval.include_path", "evaluate.prompts.path"),
     *("model.path", "sft.start", "verify.reference"),
+    *("evaluate.source", "export.source", "verify.checkpoint"),
 )
-"""Recorded settings that may be paths. A relative path starts at the working directory."""
+"""Settings of a run or of one command that may be paths. A relative path starts at the working directory."""
 _PROGRAMS = "verify.python."
 _HEADER = "# The settings of this run. Commands with this run_dir and without recipe= use them.\n"
 
@@ -63,13 +64,13 @@ def read(run_dir: Path) -> OwnSettings | None:
         raise _unreadable(path, f"{error.args[0]} is missing") from error
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise _unreadable(path, str(error).splitlines()[0]) from error
-    here = {override: _from_here(override, Path(directory)) for override in overrides}
+    here = {override: from_here(override, Path(directory)) for override in overrides}
     moved = tuple(key_of(override) for override in overrides if here[override] != override)
     return OwnSettings(by_key(here[override] for override in overrides), directory, more, moved)
 
 
-def _from_here(override: str, there: Path) -> str:
-    """Return the override with an absolute path, if it has a path that is relative to another directory."""
+def from_here(override: str, there: Path) -> str:
+    """Return the override with an absolute path, if it has a path that is relative to the directory `there`."""
     key, value = key_of(override), plain_value(override)
     if value is None or not (key in _PATHS or key.startswith(_PROGRAMS)) or Path(value).expanduser().is_absolute():
         return override

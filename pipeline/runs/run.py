@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config import DEFAULT_TARGET, PipelineConfig, QuantizeSource, Stage, rebuilds
 from pipeline.config.controls import is_control
-from pipeline.config.overrides import assignment, plain_value
+from pipeline.config.overrides import assignment, by_key, plain_value
 from pipeline.config.secrets import without_secrets
 from pipeline.errors import UserError
 from pipeline.runs import launches, own_settings, parts
@@ -23,7 +23,7 @@ from pipeline.runs.artifacts import (
     load,
     raise_if_newer,
 )
-from pipeline.runs.commands import locate, run_command
+from pipeline.runs.commands import asked, locate, rebuild_command, run_command
 from pipeline.runs.json_files import read_record, seal, write_json
 from pipeline.runs.records import ExportRecord
 from pipeline.runs.settings import Settings, choose_settings
@@ -141,7 +141,7 @@ class Run:
             if parent.fingerprint != fingerprint:
                 return (
                     f"{artifact.directory} was made from an earlier {name}, which was rebuilt later."
-                    f" Rebuild it: {self._rebuild_command(artifact)}"
+                    f" Rebuild it: {self.rebuild_command(artifact)}"
                 )
             is_own = name in Stage.__members__ and parent.directory == self.stage_dir(name)
             if is_own and (inherited := self.staleness(parent)) is not None:
@@ -181,7 +181,10 @@ class Run:
         source = None if before is None else before["settings"].get(_EXPORT_SOURCE)
         return [assignment(_EXPORT_SOURCE, source)] if isinstance(source, str) else []
 
-    def _rebuild_command(self, artifact: Artifact) -> str:
+    def rebuild_command(self, artifact: Artifact) -> str:
+        """Return the command that makes a stage again from the same source, by the settings that it was made with."""
+        if (command := rebuild_command(artifact.directory)) is not None:
+            return command
         place, source = locate(artifact.directory), artifact.settings.get(_EXPORT_SOURCE)
         named = [assignment(_EXPORT_SOURCE, source)] if isinstance(source, str) else []
         return self.command(Stage[artifact.stage], *(place.target if place else ()), *named, "overwrite=true")
@@ -231,8 +234,12 @@ class Run:
         return choose_settings(self.config, keys)
 
     def command(self, stage: Stage, *overrides: str, run_dir: str | None = None) -> str:
-        """Return the command that runs a stage in `run_dir`, or in this run, with the settings of this run."""
-        return run_command(stage, run_dir or self.config.run_dir, *overrides, recipe=self.recipe)
+        """Return the command that runs a stage in `run_dir`, or in this run, with the settings of this run.
+
+        For the stage that runs now, it also repeats the settings of this command alone, such as `export.source`.
+        """
+        further = by_key([*(asked(stage) if stage is self.stage else []), *overrides]).values()
+        return run_command(stage, run_dir or self.config.run_dir, *further, recipe=self.recipe)
 
     def not_writable(self, directory: Path, error: OSError) -> UserError:
         """Make the error for a directory of the run that cannot be created or written."""

@@ -95,7 +95,7 @@ def _link(here: Run, export: Artifact, directory: Path) -> None:
         target = f"export.target={export.read(ExportRecord).target}"
         raise UserError(
             f"{export.directory}: its files have changed since they were exported and verified. Export again:"
-            f" {here.command(Stage.export, target, 'overwrite=true')}, then verify:"
+            f" {here.rebuild_command(export)}, then verify:"
             f" {here.command(Stage.verify, target)}"
         )
 

@@ -332,10 +332,9 @@ def _trained(here: Run, export: Artifact) -> tuple[ModelRef | None, str]:
             return ref, ""
     # The run may have been moved since, and another run may be at its former place.
     if (earlier := there.get(own if is_of_run else former)) is not None:
-        again = here.command(Stage.export, f"export.target={record.target}", "overwrite=true")
         raise UserError(
             f"{directory} was made from an earlier {earlier.name} ({earlier.directory} has changed since)."
-            f" Export again: {again}"
+            f" Export again: {here.rebuild_command(export)}"
         )
     return None, f"the model that it was made from, {former}, no longer exists"
 

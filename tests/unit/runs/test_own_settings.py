@@ -1,5 +1,6 @@
 """A run records its settings, and a command with run_dir= and without recipe= uses them."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -376,6 +377,45 @@ def test_the_export_of_a_target_is_rebuilt_by_a_command_that_names_the_target(bu
         stage = path.partition("/")[0]
         assert command == f"python -m pipeline stage={stage} run_dir=r{settings} overwrite=true"
     assert commands.rebuild_command(Path("r/data/x").absolute()) is None
+
+
+def test_a_changed_export_is_rebuilt_from_the_source_that_the_command_names(
+    built: list[PipelineConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_program("stage=export", *MADE) == 0
+    rebuild = "python -m pipeline stage=export run_dir=r export.source=sft export.target=mxfp4 overwrite=true."
+    assert rebuild in error_of(capsys, "stage=export", RUN, "export.source=sft", "export.push_to_hub=a/b")
+
+
+@pytest.mark.parametrize(
+    ("stage", "given"),
+    [
+        ("export", ("export.source=sft",)),
+        ("export", ("export.source=controls/more_sft/sft",)),
+        ("evaluate", ("evaluate.source=qat", "evaluate.endpoint.url=http://h/v1", "evaluate.endpoint.name=a")),
+    ],
+)
+def test_a_damaged_result_is_made_again_from_the_source_it_was_made_from(
+    stage: str, given: tuple[str, ...], built: list[PipelineConfig]
+) -> None:
+    assert run_program(f"stage={stage}", *MADE, "eval=quick", "quantize.source=upcast", *given) == 0
+    for other in ((RUN,), (RUN, "recipe=smoke")):  # another command, also one that does not know the run's settings
+        assert run_program("stage=serve", *other) == 0
+        command = str(commands.rebuild_command(Path("r", stage).absolute()))
+        target = ["export.target=mxfp4"] if stage == "export" else []
+        assert sorted(shlex.split(command)[3:]) == sorted([f"stage={stage}", RUN, *target, *given, "overwrite=true"])
+    assert run_program(f"stage={stage}", RUN, f"{stage}.source=upcast", "overwrite=true") == 0
+    assert f"{stage}.source=upcast" in str(commands.rebuild_command(Path("r", stage).absolute()))
+
+
+def test_a_relative_source_of_a_result_starts_where_its_command_ran(
+    built: list[PipelineConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("my model").mkdir()
+    assert run_program("stage=export", *MADE, "export.source='my model'") == 0
+    monkeypatch.chdir(Path("r"))
+    command = str(commands.rebuild_command(tmp_path / "r" / "export"))
+    assert f"export.source={tmp_path}/my model" in shlex.split(command)
 
 
 def test_the_command_that_goes_on_rebuilds_no_stage_twice(built: list[PipelineConfig]) -> None:
