@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Iterable
+from typing import Any
 
 from pipeline.config import program
 from pipeline.config.groups import RECIPE
@@ -76,6 +77,30 @@ def _unquoted(value: str) -> str:
     return re.sub(rf"(\\*)({value[0]}|$)", lambda m: m[1][: len(m[1]) // 2] + m[2], value[1:-1])
 
 
+def listed_value(override: str) -> list[Any] | None:
+    """Return the list that an override gives its key, as in `data.blend=[{path: a.jsonl, weight: 3}]`.
+
+    Return None for other values, and for interpolations.
+    """
+    if override.partition("=")[2].strip()[:1] != "[" or "${" in override:
+        return None
+    # Hydra's parser takes long to import, and most runs record no list.
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    value = _plain(OverridesParser.create().parse_override(override).value())
+    return value if isinstance(value, list) else None
+
+
+def _plain(value: Any) -> Any:
+    from hydra.core.override_parser.types import QuotedString
+
+    if isinstance(value, dict):
+        return {_plain(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.text if isinstance(value, QuotedString) else value
+
+
 def swept_values(override: str) -> list[str]:
     """Return the plain values of an override with several values: `a,b` or `choice(a,b)`. Otherwise return none."""
     value = override.partition("=")[2].strip()
@@ -96,13 +121,15 @@ def assignment(key: str, value: str) -> str:
 
 
 def override_of(key: str, value: object) -> str:
-    """Return the override that sets a key to a plain value: text, number, truth value, null, or a list of these."""
+    """Return the override that sets a key to a plain value: text, number, truth value, null, list or dictionary."""
     return assignment(key, value) if isinstance(value, str) else f"{key}={_text(value)}"
 
 
 def _text(value: object) -> str:
     if isinstance(value, list):
         return f"[{','.join(_text(each) for each in value)}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_text(each)}' for key, each in value.items())}}}"
     if isinstance(value, str):
         return quoted(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

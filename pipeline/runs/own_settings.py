@@ -7,10 +7,20 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.overrides import assignment, belongs_to_run, by_key, is_override, key_of, plain_value
+from pipeline.config.overrides import (
+    assignment,
+    belongs_to_run,
+    by_key,
+    is_override,
+    key_of,
+    listed_value,
+    override_of,
+    plain_value,
+)
 from pipeline.config.secrets import has_secret
 from pipeline.errors import UserError
 from pipeline.runs.durable import write_text
+from pipeline.runs.settings import BLEND
 
 RECORD_FILE = "command.yaml"
 
@@ -72,12 +82,28 @@ def read(run_dir: Path) -> OwnSettings | None:
 def from_here(override: str, there: Path) -> str:
     """Return the override with an absolute path, if it has a path that is relative to the directory `there`."""
     key, value = key_of(override), plain_value(override)
-    if value is None or not (key in _PATHS or key.startswith(_PROGRAMS)) or Path(value).expanduser().is_absolute():
+    if key == BLEND and there != Path.cwd():
+        return _blend_from_here(override, there)
+    if value is None or not (key in _PATHS or key.startswith(_PROGRAMS)):
         return override
+    path = _path_from_here(value, there)
+    return override if path == value else assignment(key, path)
+
+
+def _blend_from_here(override: str, there: Path) -> str:
+    parts = listed_value(override)
+    if parts is None or not all(isinstance(part, dict) and isinstance(part.get("path"), str) for part in parts):
+        return override  # the check of the settings tells what is wrong
+    moved = [{**part, "path": _path_from_here(part["path"], there)} for part in parts]
+    return override if moved == parts else override_of(BLEND, moved)
+
+
+def _path_from_here(value: str, there: Path) -> str:
+    """Return a path, made absolute if it is relative to another directory and exists there."""
+    if Path(value).expanduser().is_absolute():
+        return value
     path, here = there / value, Path(value)
-    if not path.exists() or (here.exists() and here.samefile(path)):
-        return override
-    return assignment(key, str(path))
+    return value if not path.exists() or (here.exists() and here.samefile(path)) else str(path)
 
 
 def _are_overrides(value: object) -> bool:

@@ -7,13 +7,13 @@ from pipeline.config import Stage
 from pipeline.config.groups import RECIPE
 from pipeline.config.overrides import touches
 from pipeline.errors import UserError
-from pipeline.runs import commands, own_settings
+from pipeline.runs import commands, own_settings, places
 from pipeline.runs.artifacts import ARTIFACT_FILE, MODEL_STAGES, load
 from pipeline.runs.commands import Command
 from pipeline.runs.own_settings import OwnSettings
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.run import Run
-from pipeline.runs.settings import choose_settings
+from pipeline.runs.settings import Settings, choose_settings
 
 
 def record(run: Run, stage: Stage, settings: Iterable[str]) -> None:
@@ -36,7 +36,7 @@ def record(run: Run, stage: Stage, settings: Iterable[str]) -> None:
     before = own_settings.read(run.directory)
     recorded = {} if before is None else before.overrides
     settings = list(settings)
-    contradicted = _contradicted(run, stage, settings)
+    contradicted = _contradicted(run, stage, settings, before)
     wanted = _merge(recorded, command, settings)
     if wanted.get(RECIPE) != recorded.get(RECIPE) and contradicted:
         return
@@ -66,8 +66,8 @@ def _outlasts(key: str, command: Command, settings: list[str]) -> bool:
     return key == RECIPE or is_kept or not touches(key, settings)
 
 
-def _contradicted(run: Run, stage: Stage, settings: list[str]) -> list[str]:
-    """List the keys in which this command differs from the models of the run.
+def _contradicted(run: Run, stage: Stage, settings: list[str], own: OwnSettings | None) -> list[str]:
+    """List the keys in which this command differs from the models of the run. Two paths of one place are equal.
 
     Models after the stage become stale if the stage is rebuilt, so they do not protect the settings of the stage.
     """
@@ -75,13 +75,13 @@ def _contradicted(run: Run, stage: Stage, settings: list[str]) -> list[str]:
     for each in MODEL_STAGES:
         if each is not stage:
             made = _made_with(run, run.stage_dir(each))
-            now = choose_settings(run.config, made)
+            different = places.differing(made, choose_settings(run.config, made), own)
             is_later = stage in MODEL_STAGES and MODEL_STAGES.index(each) > MODEL_STAGES.index(stage)
-            found += [key for key in made if made[key] != now[key] and not (is_later and key in settings)]
+            found += [key for key in different if not (is_later and key in settings)]
     return found
 
 
-def _made_with(run: Run, directory: Path) -> dict[str, object]:
+def _made_with(run: Run, directory: Path) -> Settings:
     try:
         if (directory / ARTIFACT_FILE).is_file():
             return load(directory, check_files=False).settings

@@ -9,10 +9,10 @@ from typing import Any
 
 from pipeline.config import DEFAULT_TARGET, PipelineConfig, QuantizeSource, Stage, rebuilds
 from pipeline.config.controls import is_control
-from pipeline.config.overrides import assignment, by_key, plain_value
+from pipeline.config.overrides import assignment, by_key
 from pipeline.config.secrets import without_secrets
 from pipeline.errors import UserError
-from pipeline.runs import launches, own_settings, parts
+from pipeline.runs import launches, own_settings, parts, places
 from pipeline.runs.artifacts import (
     ARTIFACT_FILE,
     ARTIFACT_VERSION,
@@ -36,7 +36,6 @@ SOURCE_DIR, DATA_DIR, PREDICTIONS_DIR = "source", "data", "predictions"
 The predictions are safe to delete.
 """
 _EXPORT_SOURCE, _START_PATH = "export.source", "sft.start"
-_PATHS = ("model.path", "data.path", "data.validation.path")
 START = "start"
 """Name of the parent that is the model in `sft.start`."""
 
@@ -272,13 +271,8 @@ class Run:
 
         A relative path starts where `base_run` was made, not where this command runs. command.yaml knows the place.
         """
-        now = self.settings(settings)
-        different = {key for key in {*settings, *now} if settings.get(key) != now.get(key)} - {_START_PATH}
-        if not different <= set(_PATHS):
-            return False
-        own = None if not different or self._shared is None else own_settings.read(self._shared)
-        known = {} if own is None else own.overrides
-        return all(_is_same_place(settings.get(key), now.get(key), known.get(key)) for key in different)
+        own = None if self._shared is None else own_settings.read(self._shared)
+        return not {*places.differing(settings, self.settings(settings), own)} - {_START_PATH}
 
     def _start_of(self, stage: str) -> str | None:
         """Return the fingerprint of the model in `sft.start`, or None if the stage does not start from it."""
@@ -286,22 +280,6 @@ class Run:
         if start is None or stage != Stage.sft.name:
             return None
         return load(_absolute(start), check_files=False).fingerprint
-
-
-def _is_same_place(before: object, now: object, recorded: str | None) -> bool:
-    """Whether two paths lead to one file or directory.
-
-    Args:
-        before: the path in a stage of `base_run`, which may be relative to an unknown directory.
-        now: the path in this run's settings.
-        recorded: the override with this path that `base_run` has recorded. Its path is valid in the working directory.
-    """
-    if not isinstance(before, str) or not isinstance(now, str):
-        return False
-    place, whole = _absolute(before), recorded and plain_value(recorded)
-    if whole and _absolute(whole).parts[-len(Path(before).parts) :] == Path(before).parts:
-        place = _absolute(whole)
-    return place.exists() and _absolute(now).exists() and place.samefile(_absolute(now))
 
 
 def _read_unfinished(directory: Path) -> dict[str, Any] | None:

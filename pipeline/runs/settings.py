@@ -21,7 +21,7 @@ _PARENT_OF_PATH = {
     **dict.fromkeys(("evaluate.prompts.path", "evaluate.prompts.revision"), "evaluate.prompts"),
 }
 """Setting that names a model, prompts or tasks -> the parent that holds the fingerprint of their contents."""
-_BLEND = "data.blend"
+BLEND = "data.blend"
 
 
 def choose_settings(config: PipelineConfig, keys: Iterable[str]) -> Settings:
@@ -36,9 +36,9 @@ def choose_settings(config: PipelineConfig, keys: Iterable[str]) -> Settings:
 def without_data_paths(settings: Settings) -> Settings:
     """Return the settings without the places of data sets. Their contents have fingerprints of their own."""
     kept = {key: value for key, value in settings.items() if key not in _DATA_PATHS}
-    if isinstance(kept.get(_BLEND), list):
-        kept[_BLEND] = [
-            {name: value for name, value in part.items() if name not in ("path", "revision")} for part in kept[_BLEND]
+    if isinstance(kept.get(BLEND), list):
+        kept[BLEND] = [
+            {name: value for name, value in part.items() if name not in ("path", "revision")} for part in kept[BLEND]
         ]
     return kept
 

@@ -328,6 +328,17 @@ def test_a_new_directory_and_a_run_of_the_default_recipe_need_no_record(built: l
         Path("r/command.yaml").unlink()
 
 
+def test_another_spelling_of_a_models_path_does_not_contradict_the_model(
+    built: list[PipelineConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").touch()
+    assert run_program("stage=sft", *MADE, "data.path=a.jsonl") == 0
+    assert run_program("stage=evaluate", RUN, "data.path=other.jsonl") == 0
+    assert recorded()[-1] == "data.path=a.jsonl"
+    assert run_program("stage=evaluate", RUN, f"data.path={tmp_path}/a.jsonl") == 0
+    assert recorded()[-1] == f"data.path={tmp_path}/a.jsonl"
+
+
 # --- commands in messages --------------------------------------------------------------------------------------------
 
 
