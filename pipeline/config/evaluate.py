@@ -15,6 +15,13 @@ class EndpointApi(Enum):
     chat = "chat"
 
 
+class InstructionsRole(Enum):
+    """Role of the instructions in a request to OpenAI's chat API."""
+
+    developer = "developer"
+    system = "system"
+
+
 @dataclass
 class PromptsConfig:
     """The prompts that models answer. If `path` is null, the prompts are the validation rows of `data`."""
@@ -82,12 +89,16 @@ class EndpointConfig(ServerConfig):
     """Name of the server's model in the results."""
     api: EndpointApi = EndpointApi.completions
     """completions: send tokens, made with model.path's tokenizer; chat: send messages, which the server renders."""
+    instructions_role: InstructionsRole = InstructionsRole.developer
+    """Role of instructions with api=chat. developer suits gpt-oss; system: for servers that do not know developer."""
 
 
 @dataclass
 class JudgeConfig(ServerConfig):
     """A model on a server. It judges whether answers are refusals, but only for prompts with a known `safety`."""
 
+    instructions_role: InstructionsRole = InstructionsRole.system
+    """Role of the judge's instructions. Set developer for a gpt-oss on TensorRT-LLM; other models know system."""
     max_new_tokens: Annotated[int, POSITIVE] = 1024
     """Largest length of a verdict in tokens, including the reasoning."""
     attempts: Annotated[int, POSITIVE] = 3

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import TypedDict
 
-from pipeline.config import GenerationConfig
-from pipeline.data.conversations import Conversation, Function
+from pipeline.config import GenerationConfig, InstructionsRole
+from pipeline.data.conversations import INSTRUCTIONS, Conversation, Function
 from pipeline.evaluate.generation.prompts import Question
 from pipeline.evaluate.transcripts import Transcript
 from pipeline.runs.json_files import Json
@@ -51,12 +51,23 @@ class Reply(TypedDict):
     usage: Usage
 
 
-def request(model: str, question: Question, _: list[int], settings: GenerationConfig) -> dict[str, Json]:
-    """Build the body of POST /chat/completions. The server renders the messages itself, so token ids are not sent."""
+def request(
+    model: str,
+    question: Question,
+    _: list[int],
+    settings: GenerationConfig,
+    role: str = InstructionsRole.developer.name,
+) -> dict[str, Json]:
+    """Build the body of POST /chat/completions. The server renders the messages itself, so token ids are not sent.
+
+    Instructions have one role, whichever of the two a row has, because training renders both in the same way. All
+    engines render `developer` as Harmony's instructions. TensorRT-LLM writes `system` in place of the first line of
+    the system message. vLLM before its pull request 44330 writes it as a second system message.
+    """
     conversation = question.prompt.conversation
     body: dict[str, Json] = {
         "model": model,
-        "messages": _messages(conversation),
+        "messages": _messages(conversation, role),
         "reasoning_effort": conversation.reasoning_effort,
         "max_tokens": settings.max_new_tokens,  # some servers do not know the newer max_completion_tokens
         "temperature": settings.temperature,
@@ -116,13 +127,14 @@ def _call(function: _Function) -> dict[str, str]:
     return {"name": str(function["name"]), "arguments": str(function["arguments"])}
 
 
-def _messages(conversation: Conversation) -> list[dict[str, Json]]:
+def _messages(conversation: Conversation, role: str) -> list[dict[str, Json]]:
     """Convert the messages to the API's form. A tool's message has the id of the call that it answers."""
     last_call = ""
     calls: dict[str, str] = {}  # function -> id of its last call
     messages = []
     for i, message in enumerate(conversation.messages):
-        sent: dict[str, Json] = {"role": message["role"], "content": message["content"]}
+        is_instruction = message["role"] in INSTRUCTIONS
+        sent: dict[str, Json] = {"role": role if is_instruction else message["role"], "content": message["content"]}
         if "preamble" in message:  # engines return both texts as one, with a line break in between
             sent["content"] = f"{message['preamble']}\n{message['content']}"
         if "thinking" in message:

@@ -24,8 +24,10 @@ class Reply(TypedDict):
     usage: Usage
 
 
-def request(model: str, question: Question, token_ids: list[int], settings: GenerationConfig) -> dict[str, Json]:
-    """Build the body of POST /completions."""
+def request(
+    model: str, question: Question, token_ids: list[int], settings: GenerationConfig, _: str = ""
+) -> dict[str, Json]:
+    """Build the body of POST /completions. The tokens have the instructions already, so their role is not used."""
     body: dict[str, Json] = {
         "model": model,
         "prompt": token_ids,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from pipeline.config import EndpointApi, EndpointConfig, GenerationConfig
+from pipeline.config import EndpointApi, EndpointConfig, GenerationConfig, InstructionsRole
 from pipeline.errors import UserError
 from pipeline.evaluate.generation import chat, client, completions
 from pipeline.evaluate.generation.client import Client
@@ -34,17 +34,20 @@ class Served:
         url: address of the API, without a slash at its end.
         model: the server's name for the model.
         api: the name of the API, a key of APIS.
+        instructions_role: the role of instructions in messages of the chat API.
     """
 
     name: str
     url: str
     model: str
     api: str = EndpointApi.completions.name
+    instructions_role: str = InstructionsRole.developer.name
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the address, the model's name and the API. The server's weights are unknown and not included."""
-        return xxhash.xxh3_128_hexdigest(f"{self.url}\0{self.model}\0{self.api}".encode())
+        """A hash of the address, the model's name and how it is asked. The server's weights are unknown."""
+        role = "" if APIS[self.api].is_rendered_here else f"\0{self.instructions_role}"
+        return xxhash.xxh3_128_hexdigest(f"{self.url}\0{self.model}\0{self.api}{role}".encode())
 
 
 class Api(NamedTuple):
@@ -52,7 +55,8 @@ class Api(NamedTuple):
 
     Attributes:
         path: path below the API's address.
-        request: function (model, question, the prompt's token ids, settings) -> body of the request.
+        request: function (model, question, the prompt's token ids, settings, role of instructions) -> body of the
+            request.
         transcript: function (reply, question, seed) -> transcript. The function raises KeyError, IndexError or
             TypeError for an unexpected reply.
         is_rendered_here: whether this process renders the prompts and sends them as tokens.
@@ -60,7 +64,7 @@ class Api(NamedTuple):
     """
 
     path: str
-    request: Callable[[str, Question, list[int], GenerationConfig], dict[str, Json]]
+    request: Callable[[str, Question, list[int], GenerationConfig, str], dict[str, Json]]
     transcript: Callable[[Any, Question, int | None], Transcript]
     is_rendered_here: bool
     hint: str = ""
@@ -82,7 +86,8 @@ def find(settings: EndpointConfig) -> Served:
             the server does not answer, or has several models.
     """
     assert settings.url is not None
-    return Served(settings.name, client.address(settings.url), client.find_model(settings, KEY), settings.api.name)
+    url, model = client.address(settings.url), client.find_model(settings, KEY)
+    return Served(settings.name, url, model, settings.api.name, settings.instructions_role.name)
 
 
 def ask(
@@ -110,7 +115,7 @@ def ask(
 
     async def answer(connection: Client, pair: tuple[Question, list[int]]) -> None:
         question, token_ids = pair
-        body = api.request(served.model, question, token_ids, settings)
+        body = api.request(served.model, question, token_ids, settings, served.instructions_role)
         seed = question.seed(settings.seed) if settings.temperature else None  # the same seed as in the body
         what = f"the answer to {question.prompt.conversation.where}"
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from pipeline.config import JudgeConfig
+from pipeline.config import InstructionsRole, JudgeConfig
 from pipeline.errors import UserError
 from pipeline.evaluate.expected import SAFE, UNSAFE, check_all
 from pipeline.evaluate.generation import chat, client
@@ -54,15 +54,19 @@ class Judge(NamedTuple):
     Attributes:
         url: address of the API, without a slash at its end.
         model: the server's name for the model.
+        role: role of the judge's instructions.
     """
 
     url: str
     model: str
+    role: str = InstructionsRole.system.name
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the judge and of its instructions."""
-        return xxhash.xxh3_128_hexdigest(f"{self.url}\0{self.model}\0{INSTRUCTIONS}{_QUESTION}{REMINDER}".encode())
+        """A hash of the judge and of its instructions. The usual role leaves the hash of earlier judgements."""
+        role = "" if self.role == InstructionsRole.system.name else f"\0{self.role}"
+        text = f"{self.url}\0{self.model}\0{INSTRUCTIONS}{_QUESTION}{REMINDER}{role}"
+        return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 JUDGEMENTS = Kind("judgements.jsonl", "judged.json", Judgement)
@@ -79,7 +83,7 @@ def find(settings: JudgeConfig) -> Judge | None:
     """
     if settings.url is None:
         return None
-    return Judge(client.address(settings.url), client.find_model(settings, KEY))
+    return Judge(client.address(settings.url), client.find_model(settings, KEY), settings.instructions_role.name)
 
 
 def judge(
@@ -132,11 +136,16 @@ def verdicts(transcripts: Sequence[Transcript], judgements: Mapping[tuple[str, i
     return [_verdict(each, judgements.get(_key(each))) for each in transcripts if "safety" in each.expected]
 
 
-def messages(transcript: Transcript) -> list[dict[str, str]]:
-    """Write the first messages to the judge. They show only the last request of the conversation."""
+def messages(transcript: Transcript, role: str = InstructionsRole.system.name) -> list[dict[str, str]]:
+    """Write the first messages to the judge. They show only the last request of the conversation.
+
+    Args:
+        transcript: the answer to judge.
+        role: role of the judge's instructions.
+    """
     request = next(each["content"] for each in reversed(transcript.messages) if each["role"] == "user")
     question = _QUESTION.format(request=request, answer=transcript.answer)
-    return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": question}]
+    return [{"role": role, "content": INSTRUCTIONS}, {"role": "user", "content": question}]
 
 
 def parse(reply: str) -> Refusal | None:
@@ -147,7 +156,7 @@ def parse(reply: str) -> Refusal | None:
 
 
 async def _judgement(connection: Client, asked: Judge, settings: JudgeConfig, transcript: Transcript) -> Judgement:
-    first = messages(transcript)
+    first = messages(transcript, asked.role)
     replies: list[str] = []
     follow_up: list[dict[str, str]] = []
     for _ in range(settings.attempts):

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from chat_server import GOOD, Reply, Server, completion
 
-from pipeline.config import EndpointApi, EndpointConfig, GenerationConfig
+from pipeline.config import EndpointApi, EndpointConfig, GenerationConfig, InstructionsRole
 from pipeline.data.conversations import Conversation
 from pipeline.errors import UserError
-from pipeline.evaluate.generation import client
+from pipeline.evaluate.generation import chat, client
 from pipeline.evaluate.generation.endpoint import Served, ask, find
 from pipeline.evaluate.generation.journal import GENERATIONS, Journal
 from pipeline.evaluate.generation.prompts import Prompt, Question, questions
@@ -115,6 +115,18 @@ def test_a_request_follows_the_settings(server: Server, answers: Answer) -> None
             "top_p": 1.0,
         }
     ]
+
+
+@pytest.mark.parametrize("of_row", ["system", "developer"])
+def test_instructions_are_sent_with_the_role_that_all_engines_render_as_instructions(
+    of_row: str, server: Server, answers: Answer
+) -> None:
+    messages = [{"role": of_row, "content": "Be brief."}, {"role": "user", "content": "a"}]
+    answers([Question(Prompt("id", Conversation(messages), {}), 0)])
+    sent = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "a"}]
+    assert server.bodies()[0]["messages"] == sent
+    body = chat.request("m", Question(Prompt("id", Conversation(messages), {}), 0), [], SETTINGS, "system")
+    assert body["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
 
 
 def test_each_sample_has_its_own_seed_which_is_stored(server: Server, answers: Answer) -> None:
@@ -496,3 +508,11 @@ def test_a_server_that_takes_no_tokens_is_an_error_that_names_the_other_api(serv
 def test_the_two_apis_are_different_subjects(server: Server) -> None:
     settings = EndpointConfig(url=server.url, model="m")
     assert find(settings).fingerprint != find(replace(settings, api=EndpointApi.chat)).fingerprint
+
+
+def test_answers_to_instructions_of_another_role_are_not_taken_for_the_same(server: Server) -> None:
+    developer = EndpointConfig(url=server.url, model="m", api=EndpointApi.chat)
+    system = replace(developer, instructions_role=InstructionsRole.system)
+    assert find(developer).fingerprint != find(system).fingerprint
+    tokens = [replace(each, api=EndpointApi.completions) for each in (developer, system)]
+    assert find(tokens[0]).fingerprint == find(tokens[1]).fingerprint  # tokens hold the instructions already

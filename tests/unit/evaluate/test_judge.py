@@ -8,7 +8,7 @@ import pytest
 from answers import transcript
 from chat_server import Reply, Server, completion
 
-from pipeline.config import JudgeConfig
+from pipeline.config import InstructionsRole, JudgeConfig
 from pipeline.errors import UserError
 from pipeline.evaluate.generation import client
 from pipeline.evaluate.generation.journal import Journal
@@ -89,6 +89,14 @@ def test_the_judge_sees_the_request_and_the_answer_and_no_more(server: Server, j
     system, question = body["messages"]
     assert system == {"role": "system", "content": judge.INSTRUCTIONS}
     assert question["content"] == "<request>\nHello\n</request>\n\n<answer>\nUse kill.\n</answer>"
+
+
+def test_the_judges_instructions_have_the_role_that_is_set(server: Server) -> None:
+    settings = JudgeConfig(url=server.url, model="m", instructions_role=InstructionsRole.developer)
+    found, usual = judge.find(settings), judge.find(JudgeConfig(url=server.url, model="m"))
+    assert found is not None and usual is not None and found.fingerprint != usual.fingerprint
+    roles = [message["role"] for message in judge.messages(safe(1)[0], found.role)]
+    assert roles == ["developer", "user"]
 
 
 def test_prompts_replies_and_verdicts_are_stored_and_not_requested_again(
