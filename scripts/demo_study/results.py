@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.demo_study.runs import CASES, SEEDED
-from scripts.rounding_study.record import describe_processor
+from scripts.recording import name_processor, write_record
 from scripts.rounding_study.statistics import Estimate, estimate
 
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "nvidia-modelopt")
@@ -58,7 +58,7 @@ class Results:
 
 def store(directory: Path, case: str, seed: int, figures: dict[str, Any]) -> None:
     """Store the figures of a run beside it."""
-    _write(directory / case / f"seed{seed}.json", figures)
+    write_record(directory / case / f"seed{seed}.json", figures)
 
 
 def collect(directory: Path, path: Path) -> None:
@@ -73,30 +73,13 @@ def collect(directory: Path, path: Path) -> None:
         for case in CASES
         if case.name in cases
     }
-    _write(path, {"environment": _environment(), "seeded": list(SEEDED), "cases": ordered})
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(_format(record) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_record(path, {"environment": _environment(), "seeded": list(SEEDED), "cases": ordered})
 
 
 def _environment() -> dict[str, str]:
     return {
-        "processor": describe_processor(),
+        "processor": name_processor(),
         "threads": "1",
         "python": platform.python_version(),
         **{name: version(name) for name in _LIBRARIES},
     }
-
-
-def _format(value: Any, indent: str = "") -> str:
-    """Return JSON with one line for each model, so that a change of the file can be read."""
-    inner = indent + " "
-    if isinstance(value, dict) and any(isinstance(each, dict | list) for each in value.values()):
-        lines = [f"{inner}{json.dumps(key)}: {_format(each, inner)}" for key, each in value.items()]
-        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
-        return "[\n" + ",\n".join(f"{inner}{json.dumps(each)}" for each in value) + f"\n{indent}]"
-    return json.dumps(value)

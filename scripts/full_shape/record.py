@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from scripts.full_shape import outcomes, processes
 from scripts.full_shape.plan import BASE, RUNS, RunPlan, Step, steps_of
 from scripts.full_shape.processes import Ended
+from scripts.recording import name_processor
 
 Start = Callable[[tuple[str, ...], Path, Path], Ended]
 """Function that runs a command, as `processes.run` does."""
@@ -125,10 +125,8 @@ class Demonstration:
 
 def _machine() -> dict[str, Any]:
     """Describe the CPU and the memory of this machine."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu": name_processor(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from scripts.recording import name_processor, write_record
 from scripts.rounding_study import models
 from scripts.rounding_study.cells import Cell, Seed
 from scripts.rounding_study.settings import Settings
@@ -37,7 +38,7 @@ def run_seed(number: int, settings: Settings, directory: Path, *, most_cells: in
         record["cells"][name] = {key: _shorten(value) for key, value in work().items()}
         record["cpu_seconds"] += time.process_time() - start
         record["complete"] = not _missing(cells, record)
-        _write(path, record)
+        write_record(path, record)
         print(f"seed {number}: {name} {json.dumps(record['cells'][name])}", flush=True)
 
 
@@ -58,7 +59,7 @@ def collect(directory: Path, results: Path, settings: Settings) -> list[str]:
                 "cpu_seconds": round(record["cpu_seconds"]),
                 "cells": record["cells"],
             }
-    _write(
+    write_record(
         results,
         {
             "environment": _environment(),
@@ -92,37 +93,13 @@ def _raise_unless_same(found: dict[str, Any], settings: Settings, path: Path) ->
         raise ValueError(f"{path}: these settings of the study have changed since: {', '.join(changed)}")
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
-    """Write a record atomically, with one line for each cell."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(_format(record) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-
-
-def _format(value: Any, indent: str = "") -> str:
-    if not isinstance(value, dict) or not any(isinstance(each, dict) for each in value.values()):
-        return json.dumps(value)
-    inner = indent + " "
-    lines = [f"{inner}{json.dumps(key)}: {_format(each, inner)}" for key, each in value.items()]
-    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-
-
 def _shorten(value: float | None) -> float | None:
     return value if value is None or isinstance(value, int) else float(f"{value:.{_DIGITS}g}")
 
 
 def _environment() -> dict[str, str]:
     return {
-        "processor": describe_processor(),
+        "processor": name_processor(),
         "python": platform.python_version(),
         **{name: version(name) for name in _LIBRARIES},
     }
-
-
-def describe_processor() -> str:
-    """Return the name of the processor."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

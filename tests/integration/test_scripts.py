@@ -1,11 +1,14 @@
 """Every measuring script starts, and bench_numerics' table of errors agrees with known properties of the formats."""
 
+import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from scripts.recording import formatted, name_processor
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -32,6 +35,20 @@ def output(script: str, *arguments: str) -> str:
 )
 def test_a_script_finds_all_that_it_uses(script: str) -> None:
     assert script in output(script, "--help")
+
+
+@pytest.mark.parametrize("name", ["demo", "rounding"])
+def test_the_record_of_a_study_is_written_to_the_same_bytes(name: str) -> None:
+    text = (SCRIPTS.parent / "docs" / f"{name}.json").read_text(encoding="utf-8")
+    assert formatted(json.loads(text)) + "\n" == text
+
+
+def test_one_script_alone_reads_the_name_of_the_processor() -> None:
+    files = [path for path in SCRIPTS.rglob("*") if path.is_file() and path.suffix in ("", ".py")]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in files}
+    reading = [name for name, text in texts.items() if "cpuinfo" in text or "platform.processor" in text]
+    assert reading == ["recording.py"]
+    assert name_processor()
 
 
 def test_the_table_of_errors(smoke_run: Path) -> None:
