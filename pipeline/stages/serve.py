@@ -3,15 +3,18 @@
 The stage runs until it is stopped. It writes the engine's command and log, but no artifact.
 """
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import PipelineConfig, Stage
+from pipeline.config import PipelineConfig, ServeConfig, Stage
+from pipeline.config.engines import SERVERS
 from pipeline.errors import UserError
 from pipeline.runs import exports, passing_over
 from pipeline.runs.artifacts import Artifact
-from pipeline.runs.console import say
+from pipeline.runs.console import say, warn
 from pipeline.runs.processes import process_count
+from pipeline.runs.records import ExportRecord
 from pipeline.runs.run import Run
 
 if TYPE_CHECKING:
@@ -51,7 +54,19 @@ def _launch(here: Run, config: PipelineConfig, export: Artifact) -> "Launch":
     if settings.verified_only and exports.find_proof(here, export) is None:
         found = [f"{exports.missing_proof(here, export)}, or serve it as it is: serve.verified_only=false"]
     date, gpus = config.data.conversation_date, torch.cuda.device_count()
-    return plan(settings, export, name=here.recipe, date=date, gpus=gpus, found=found)
+    launch = plan(settings, export, name=here.recipe, date=date, gpus=gpus, found=found)
+    _tell_of_old_version(settings, export, launch.command[0])
+    return launch
+
+
+def _tell_of_old_version(settings: ServeConfig, export: Artifact, command: str) -> None:
+    from pipeline.serve import versions
+
+    program, target = shutil.which(command), export.read(ExportRecord).target
+    if program is not None:
+        problem = versions.describe_problem(Path(program), SERVERS[settings.engine.name], target)
+        if problem is not None:
+            warn("serve", problem)
 
 
 def _serve(config: PipelineConfig, here: Run, launch: "Launch") -> None:

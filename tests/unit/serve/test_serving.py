@@ -307,3 +307,18 @@ def test_the_log_is_the_users_alone_and_an_error_shows_no_key_of_it(tmp_path: Pa
     assert "mackerel" in log.read_text()
     assert "['--api-key', ***]" in str(raised.value)
     assert "mackerel" not in str(raised.value)
+
+
+def test_an_engine_that_is_too_old_is_named_before_its_command(
+    config: PipelineConfig, export: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prove(config, export)
+    python, program = tmp_path / "python3", tmp_path / "vllm"
+    python.write_text("#!/bin/sh\necho 0.9.2\n")
+    program.write_text(f"#!{python}\n")
+    for each in (python, program):
+        each.chmod(0o755)
+    config.serve.program = str(program)
+    stage.run(config)
+    printed = capsys.readouterr()
+    assert "is version 0.9.2, which cannot load gpt-oss" in printed.err and " serve " in printed.out
