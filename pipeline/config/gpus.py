@@ -34,6 +34,18 @@ _A100, _H100, _H200 = "NVIDIA A100 datasheet", "NVIDIA H100 datasheet", "NVIDIA 
 _ADA_PAPER, _BLACKWELL_PAPER = "NVIDIA Ada GPU architecture whitepaper", "NVIDIA RTX Blackwell architecture whitepaper"
 _GB = 10**9
 
+# Pages with copies of NVIDIA's tables, with which the figures were compared. Dense figures count, not sparse ones.
+# - A100 (all): glennklockwood.com/garden/processors/A100, which cites the datasheet, and
+#   thundercompute.com/blog/nvidia-a100-specs-full-guide (1555, 1935 and 2039 GB/s).
+# - H100 SXM and PCIe: archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html (1979 and 1513 TFLOPS with sparsity).
+# - H200 SXM: lzwjava.github.io/nvidia-h200-gpu-specs-en, itkb.uw.cz/2026/06/nvidia-h200-vs-b300-precisions-cores.html.
+# - B200: glennklockwood.com/garden/processors/B200 (2250 TFLOPS), hmc-tech.com/gpus/nvidia-b200-vs-nvidia-b100
+#   (75 TFLOPS in FP32, 7.7 TB/s), github.com/pytorch/ao/pull/4002 (7.67 TB/s from the bus and the clock of a GPU).
+#   Early pages say 8 TB/s, and 80 TFLOPS in FP32.
+# - L40S: mullet.se, product 355414 (362.05 dense). L4: grokipedia.com/page/NVIDIA_L4_vs_L40S (242 with sparsity).
+# - RTX 4090: hmc-tech.com/gpus/nvidia-geforce-rtx-4090-vs-nvidia-rtx-pro-5000-blackwell (165.2, accumulated in FP32).
+# - RTX 6000 Ada, FP32: huggingface.co/datasets/ohdoking/gpu_spec. RTX 5090, memory: libertify.com (1792 GB/s).
+# In no such copy: BF16 and FP32 of H100 NVL, H200 NVL and RTX 5090; BF16 and bandwidth of RTX 6000 Ada; FP32 of L4.
 GPUS = {
     "l4": GpuModel(("L4",), _ADA, 121e12, 30.3e12, 300e9, 24 * _GB, "NVIDIA L4 datasheet"),
     "rtx4090": GpuModel(("GeForce RTX 4090",), _ADA, 165.2e12, 82.6e12, 1008e9, 24 * _GB, _ADA_PAPER),
