@@ -36,6 +36,7 @@ from pipeline.runs.records import ExportRecord
 
 ANSWERS_FILE = "generations.jsonl"
 _ROLES = {UPCAST: "original", SFT: "SFT", PTQ: "SFT + PTQ", QAT: "SFT + QAT"}
+_FOREIGN_SFT = "SFT (adapters of another program)"
 _BF16_BITS = 16
 _LOSS = "validation_loss"
 PATIENCE = "early_stopping_patience"
@@ -141,7 +142,8 @@ def _make_row(run: EvaluatedRun, model: str, results: Figures, *, shape: Shape |
     lineage = _trace_lineage(run, model)
     answers = _read_answers(run, model)
     trained = _read_training(run, model, stage)
-    role = _role(shown, stage, lineage)
+    is_foreign = model == SFT and stage is None and has_foreign_sft(run)
+    role = _FOREIGN_SFT if is_foreign else _role(shown, stage, lineage)
     title = f"Control: {role}" if is_control(model) and stage is not None else MODELS.get(model, shown)
     return Row(
         run=run,
@@ -150,7 +152,7 @@ def _make_row(run: EvaluatedRun, model: str, results: Figures, *, shape: Shape |
         title=f"{prefix}: {title}" if prefix else title,
         role=role,
         block_format=_block_format(stage),
-        figures=flatten(results) | sizes(stage, shape),
+        figures=flatten(results) | (_size_in_bf16(shape) if is_foreign else sizes(stage, shape)),
         fingerprint=run.evaluated.parents[model],
         lineage=lineage,
         seconds=None if stage is None else stage.seconds,
@@ -163,6 +165,12 @@ def _make_row(run: EvaluatedRun, model: str, results: Figures, *, shape: Shape |
         rounding=None if stage is None else find_rounding(run, stage),
         twin=None if stage is None or not is_export(model) else find_twin(run, stage),
     )
+
+
+def has_foreign_sft(run: EvaluatedRun) -> bool:
+    """Return whether adapters of another program are the SFT of a run."""
+    quantized = run.read_stage(PTQ)
+    return quantized is not None and "adapters" in quantized.artifact.details
 
 
 def read_model(run: EvaluatedRun, model: str) -> StageFacts | None:
@@ -234,7 +242,8 @@ def _trace_lineage(run: EvaluatedRun, model: str) -> dict[str, str]:
     if stage is None:
         return {}
     if is_control(model):
-        return {**_trace_lineage(run, SFT), model: stage.artifact.fingerprint}
+        foreign = {SFT: stage.artifact.parents[SFT]} if has_foreign_sft(run) and SFT in stage.artifact.parents else {}
+        return {**_trace_lineage(run, SFT), **foreign, model: stage.artifact.fingerprint}
     parents = stage.artifact.parents
     if is_export(model):
         parents = {stage.artifact.details["exported_from"]: parents["model"]}
@@ -282,6 +291,10 @@ def sizes(stage: StageFacts | None, shape: Shape | None) -> dict[str, float]:
     experts = sum(projection.values for projection in expert_projections(shape))
     others = sum(info.bytes for info in plain_tensors(shape).values()) - experts * _BF16_BITS // 8
     return {"served_bytes": others + experts * bits / 8}
+
+
+def _size_in_bf16(shape: Shape | None) -> dict[str, float]:
+    return {} if shape is None else {"served_bytes": float(sum(each.bytes for each in plain_tensors(shape).values()))}
 
 
 def are_twins(row: Row, other: Row) -> bool:

@@ -55,6 +55,7 @@ from pipeline.config.quantize import (
     packs_rounded,
     raise_if_nothing_to_round,
     rounds_base,
+    trained_sft,
     writes_rounded,
 )
 from pipeline.config.serve import ServeConfig, ServingEngine
@@ -155,6 +156,7 @@ __all__ = [
     "rounds_base",
     "schema",
     "setting_keys",
+    "trained_sft",
     "unknown_key",
     "value_problem",
     "writes_rounded",

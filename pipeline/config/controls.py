@@ -85,7 +85,7 @@ def overwrite_problem(overwrite: bool | str, controls: Iterable[Control]) -> str
 
 def reason_for_none(config: PipelineConfig) -> str | None:
     """Return the reason why a run has no controls, or None."""
-    if config.quantize.source is QuantizeSource.upcast:
+    if config.quantize.source == QuantizeSource.upcast:
         return "quantize.source=upcast: without SFT, there is nothing to compare QAT with"
     if leaves_nothing_to_round(config.quantize.source, config.sft, config.format.name):
         return "sft.method=bf16_parts leaves nothing to round, so there is no QAT"
@@ -94,6 +94,8 @@ def reason_for_none(config: PipelineConfig) -> str | None:
 
 def reason_without_parts(config: PipelineConfig, *, has_mxfp4: bool) -> str | None:
     """Return the reason why a run has no control `bf16_parts`, or None. `has_mxfp4` is as for `controls_of`."""
+    if config.quantize.adapters is not None:
+        return "quantize.source names adapters, and the settings and data that made them are unknown"
     if config.sft.method is Method.bf16_parts:
         return "sft.method=bf16_parts trains the same"
     if config.sft.start is not None:
@@ -114,7 +116,9 @@ def controls_of(config: PipelineConfig, sft: str, *, has_mxfp4: bool) -> list[Co
     if reason_for_none(config) is not None:
         return []
     methods = [method for method in RoundingMethod if _is_possible(_rounded(config, method))]
-    found = [*_roundings(config, methods), _more_sft(config, methods, sft)]
+    found = [*_roundings(config, methods)]
+    if config.quantize.adapters is None:  # more SFT needs the settings of SFT
+        found.append(_more_sft(config, methods, sft))
     return [*found, _parts(config)] if reason_without_parts(config, has_mxfp4=has_mxfp4) is None else found
 
 

@@ -60,10 +60,10 @@ class Sharding(Enum):
     zero3 = "zero3"
 
 
-def can_train_parts(stage: str, source: QuantizeSource, experts: Experts | None) -> bool:
+def can_train_parts(stage: str, source: str, experts: Experts | None) -> bool:
     """Return whether `method=bf16_parts` is possible in a training stage, with these other settings of the run."""
     is_first_in_bf16 = stage == Stage.sft.name and experts is Experts.bf16
-    return source is QuantizeSource.sft and not is_first_in_bf16
+    return source != QuantizeSource.upcast and not is_first_in_bf16
 
 
 MORE_SFT, BF16_PARTS = "more_sft", "bf16_parts"

@@ -1,24 +1,30 @@
 """Settings of `quantize`: the rounding of the experts, and the insertion of fake quantization."""
 
 import math
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, replace
+from enum import Enum, StrEnum
+from pathlib import Path
 from typing import Annotated, Optional
 
-from pipeline.config.bounds import POSITIVE, SEED
+from pipeline.config.bounds import POSITIVE, SEED, Bound
 from pipeline.config.format import FormatConfig, FormatName
-from pipeline.config.training import Method, QatConfig, TrainConfig
-from pipeline.errors import UserError
+from pipeline.config.training import Method, Precision, QatConfig, SftConfig, TrainConfig
+from pipeline.errors import UserError, did_you_mean
 
 CALIBRATION_SAMPLES = 64
 """Examples that calibrate a format, unless `quantize.calibration_samples` is set."""
 
 
-class QuantizeSource(Enum):
-    """Stages whose models `quantize` accepts."""
+class QuantizeSource(StrEnum):
+    """Stages whose models `quantize` accepts. Any other value of `quantize.source` is a directory of adapters."""
 
     sft = "sft"
     upcast = "upcast"
+
+
+_SOURCE = Bound(
+    f"{', '.join(QuantizeSource)}, or a directory of adapters", lambda value: bool(value.strip()), (*QuantizeSource,)
+)
 
 
 class RoundingMethod(Enum):
@@ -50,8 +56,8 @@ class RoundingScales(Enum):
 class QuantizeConfig:
     """Insert fake quantization. The resulting model is the PTQ baseline, and QAT starts from it."""
 
-    source: QuantizeSource = QuantizeSource.sft
-    """Model to quantize: the fine-tuned model (sft) or the original (upcast). With upcast, QAT starts without SFT."""
+    source: Annotated[str, _SOURCE] = QuantizeSource.sft.value
+    """Model to quantize: sft, upcast (QAT starts without SFT), or a directory of PEFT adapters in place of SFT."""
     method: RoundingMethod = RoundingMethod.nearest
     """Rounding of the experts: nearest, stochastic, gptq, or auto (the one nearest to SFT); see docs/formats.md."""
     scales: Optional[RoundingScales] = None
@@ -70,6 +76,11 @@ class QuantizeConfig:
     """For method=auto: number of validation examples on which the roundings are compared."""
     batch_size: Annotated[int, POSITIVE] = 1
     """Number of examples per forward pass."""
+
+    @property
+    def adapters(self) -> str | None:
+        """The directory of the adapters that another program saved and that are this run's SFT, or None."""
+        return None if self.source in (*QuantizeSource,) else self.source
 
 
 def writes_rounded(quantize: QuantizeConfig) -> bool:
@@ -93,17 +104,41 @@ def calibration_tokens(quantize: QuantizeConfig, inputs: int, experts: int, expe
     return math.ceil(_UNEVENNESS * quantize.tokens_per_input * inputs * experts / experts_per_token)
 
 
-def first_training(source: QuantizeSource, sft: TrainConfig, qat: QatConfig) -> tuple[str, TrainConfig]:
-    """Return the name and the settings of the first training stage. It is `qat` if `quantize.source` skips SFT."""
-    return ("qat", qat) if source is QuantizeSource.upcast else ("sft", sft)
+def source_problem(source: str) -> str | None:
+    """Return a message if `quantize.source` is a mistyped name of a stage, else None.
+
+    A directory of adapters may be gone, because only `quantize` and evaluations need it. So a name that is not like a
+    stage's may be a path.
+    """
+    meant = did_you_mean(source, [*QuantizeSource])
+    if source in (*QuantizeSource,) or not meant or "/" in source or Path(source).exists():
+        return None
+    return (
+        f"quantize.source={source}: neither a stage ({', '.join(QuantizeSource)}) nor a directory of adapters.{meant}"
+    )
 
 
-def leaves_nothing_to_round(source: QuantizeSource, sft: TrainConfig, name: FormatName) -> bool:
+def trained_sft(source: str, sft: SftConfig) -> SftConfig:
+    """Return the settings with which the run's SFT was made. Adapters of another program are LoRA in BF16."""
+    if source in (*QuantizeSource,):
+        return sft
+    return replace(sft, method=Method.lora, precision=Precision.bf16)
+
+
+def first_training(source: str, sft: SftConfig, qat: QatConfig) -> tuple[str, TrainConfig]:
+    """Return the name and the settings of the first training stage. It is `qat` with quantize.source=upcast.
+
+    Adapters of another program count as an SFT with LoRA, because `quantize` merges them or QAT continues with them.
+    """
+    return ("qat", qat) if source == QuantizeSource.upcast else ("sft", trained_sft(source, sft))
+
+
+def leaves_nothing_to_round(source: str, sft: TrainConfig, name: FormatName) -> bool:
     """Return whether the fine-tuned model's experts are the source's own MXFP4 weights, so that nothing is rounded."""
-    return source is QuantizeSource.sft and sft.method is Method.bf16_parts and name is FormatName["mxfp4"]
+    return source == QuantizeSource.sft and sft.method is Method.bf16_parts and name is FormatName["mxfp4"]
 
 
-def raise_if_nothing_to_round(source: QuantizeSource, sft: TrainConfig, name: FormatName) -> None:
+def raise_if_nothing_to_round(source: str, sft: TrainConfig, name: FormatName) -> None:
     """Raise UserError if `leaves_nothing_to_round`. The stages `quantize` and `qat` then have no work."""
     if leaves_nothing_to_round(source, sft, name):
         raise UserError(

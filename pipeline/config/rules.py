@@ -16,7 +16,7 @@ from pipeline.config.data import ColumnsConfig, DataConfig
 from pipeline.config.format import FormatName
 from pipeline.config.keys import is_known, schema, unknown_key
 from pipeline.config.pipeline import PipelineConfig, Sharding, Stage, listed_controls, listed_names
-from pipeline.config.quantize import QuantizeSource, RoundingMethod, first_training, writes_rounded
+from pipeline.config.quantize import QuantizeSource, RoundingMethod, first_training, source_problem, writes_rounded
 from pipeline.config.targets import TARGETS
 from pipeline.config.training import (
     ROUNDING_OPTIMIZERS,
@@ -86,7 +86,7 @@ def problems(config: PipelineConfig) -> list[str]:
     found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
     found += _format_problems(config) + _resharding_problems(config) + _parts_problems(config)
     found += quantize_problems(config) + _oscillation_problems(config) + [*tracking.problems(config.tracking)]
-    found += _overwrite_problems(config)
+    found += _overwrite_problems(config) + _source_problems(config)
     return found + _qat_problems(config) + _experts_problems(config) + _packed_problems(config)
 
 
@@ -116,6 +116,13 @@ def _overwrite_problems(config: PipelineConfig) -> list[str]:
         f"overwrite={config.overwrite}: stage={config.stage.name} does not build {' or '.join(names)}. Use"
         f" overwrite=true to rebuild {config.stage.name}, or stage=all to run several stages."
     ]
+
+
+def _source_problems(config: PipelineConfig) -> list[str]:
+    source = config.quantize.source
+    if config.stage is Stage.sft and config.quantize.adapters is not None:
+        return [f"quantize.source={source}: these adapters are the run's SFT. To run stage=sft, set it to sft."]
+    return [problem] if (problem := source_problem(source)) is not None else []
 
 
 def _data_problems(data: DataConfig) -> list[str]:
@@ -283,19 +290,18 @@ def quantize_problems(config: PipelineConfig) -> list[str]:
 
 
 def _qat_problems(config: PipelineConfig) -> list[str]:
-    found, sft, qat = [], config.sft, config.qat
-    follows_sft = config.quantize.source is QuantizeSource.sft
-    if qat.distillation.weight and not follows_sft:
+    found, sft, qat, source = [], config.sft, config.qat, config.quantize.source
+    if qat.distillation.weight and source == QuantizeSource.upcast:
         found.append(
             f"qat.distillation.weight={qat.distillation.weight}: the teacher is the SFT model. There is no SFT model if"
-            f" quantize.source={config.quantize.source.name}. Set it to 0, or set quantize.source=sft."
+            f" quantize.source={source}. Set it to 0, or set quantize.source=sft."
         )
     if qat.distillation.weight and qat.router_aux_loss_coef:
         found.append(
             f"qat.router_aux_loss_coef={qat.router_aux_loss_coef}: cannot be combined with qat.distillation.weight="
             f"{qat.distillation.weight}, because the distillation loss has no router term. Set it to 0."
         )
-    continues = follows_sft and not writes_rounded(config.quantize)
+    continues = source == QuantizeSource.sft and not writes_rounded(config.quantize)
     if continues and sft.method is Method.lora and qat.method is Method.lora and sft.lora != qat.lora:
         found.append(
             f"qat.lora={_show_lora(qat.lora)} differs from sft.lora={_show_lora(sft.lora)}: QAT continues with SFT's"
@@ -361,7 +367,7 @@ def _packed_problems(config: PipelineConfig) -> list[str]:
 def _parts_problems(config: PipelineConfig) -> list[str]:
     """QAT of the BF16 parts needs experts that were trained and rounded before."""
     source, is_mxfp4 = config.quantize.source, config.format.name is FormatName["mxfp4"]
-    if source is QuantizeSource.sft or config.qat.method is not Method.bf16_parts or not is_mxfp4:
+    if source != QuantizeSource.upcast or config.qat.method is not Method.bf16_parts or not is_mxfp4:
         return []
     return [
         "qat.method=bf16_parts with quantize.source=upcast: the experts are MXFP4 already, so there is nothing to"

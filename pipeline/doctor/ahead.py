@@ -28,7 +28,7 @@ from pipeline.doctor import device_memory, fit, machine, needs
 from pipeline.doctor.facts import Facts
 from pipeline.doctor.plan import Plan
 from pipeline.errors import Attempts, UserError
-from pipeline.models import continuing, references, sharding, source
+from pipeline.models import continuing, foreign_sft, references, sharding, source
 from pipeline.runs import hub_login, tracking
 from pipeline.runs.artifacts import EVALUATED_STAGES, MODEL_STAGES, load
 from pipeline.runs.processes import is_main_process, process_count
@@ -77,7 +77,7 @@ def _trained(config: PipelineConfig) -> dict[str, TrainConfig]:
     if before is not None and not here.is_complete(before):
         return {}  # the stage says at once that its input is missing
     skipped = set()
-    if config.stage is Stage.all and config.quantize.source is QuantizeSource.upcast:
+    if config.stage is Stage.all and config.quantize.source != QuantizeSource.sft:
         skipped.add(Stage.sft)
     if leaves_nothing_to_round(config.quantize.source, config.sft, config.format.name):
         skipped.add(Stage.qat)
@@ -116,6 +116,7 @@ def _check_model(found: Attempts, here: Run, trained: dict[str, TrainConfig]) ->
         if config.stage is Stage[name]:
             found.attempt(lambda name=name: _raise_if_too_small(here, model, name))  # type: ignore[misc]
     if config.stage is Stage.all:
+        found.attempt(lambda: foreign_sft.check(here, directory))
         _check_export(found, config, model, directory)
 
 

@@ -271,10 +271,10 @@ def disk(plan: Plan, shape: Shape, is_mxfp4: bool) -> dict[str, int]:
     """
     starts_packed = plan.starts_packed(is_mxfp4=is_mxfp4)
     upcast = packed_tensors(shape) if starts_packed else plain_tensors(shape)
-    has_sft = plan.quantize.source is QuantizeSource.sft
+    has_sft = plan.quantize.source == QuantizeSource.sft
     sft = saved_bytes(shape, plan.sft) if has_sft else 0
     qat = saved_bytes(shape, plan.qat) if Stage.qat.name in plan.trainings else 0
-    is_adapted = has_sft and plan.sft.method is Method.lora
+    is_adapted = plan.quantize.source != QuantizeSource.upcast and plan.sft.method is Method.lora
     merges_adapters = is_adapted and plan.qat.method is not Method.lora
     adds_adapters = not is_adapted and plan.qat.method is Method.lora
     merged = _bytes(plain_tensors(shape, TRAIN_TYPES[plan.sft.precision])) if has_sft else _bytes(plain_tensors(shape))
@@ -329,7 +329,7 @@ def rounded_layers(plan: Plan, shape: Shape, longest: int, experts_per_token: in
     inputs, samples = max(shape.hidden_size, shape.intermediate_size), plan.quantize.calibration_samples
     tokens = calibration_tokens(plan.quantize, inputs, shape.num_local_experts, experts_per_token)
     tokens = tokens if samples is None else samples * longest
-    first = plan.sft if plan.quantize.source is QuantizeSource.sft else plan.qat
+    first = plan.qat if plan.quantize.source == QuantizeSource.upcast else plan.sft
     states = tokens * shape.hidden_size * bytes_per_value(TRAIN_TYPES[first.precision])
     return int(parameters(shape)["experts"] * plan.block_format.bits_per_value / 8) + 2 * states
 

@@ -13,6 +13,8 @@ from pipeline.config import (
     PipelineConfig,
     QatConfig,
     QuantizeConfig,
+    QuantizeSource,
+    SftConfig,
     Sharding,
     Stage,
     TrainConfig,
@@ -20,6 +22,7 @@ from pipeline.config import (
     keeps_packed,
     leaves_nothing_to_round,
     rounds_base,
+    trained_sft,
 )
 from pipeline.models.references import configured_format
 from pipeline.numerics.formats import MXFP4, BlockFormat
@@ -32,7 +35,7 @@ class Plan:
     Attributes:
         model_path: value of model.path, used in messages.
         data: section `data` of the configuration.
-        sft, qat: settings of the training stages.
+        sft, qat: settings of the training stages. `sft` describes adapters of another program as LoRA.
         sharding: how several processes share a model.
         target: name of the export target in TARGETS.
         format, quantize: sections of the configuration.
@@ -42,7 +45,7 @@ class Plan:
 
     model_path: str
     data: DataConfig
-    sft: TrainConfig
+    sft: SftConfig
     qat: QatConfig
     sharding: Sharding
     target: str
@@ -57,7 +60,7 @@ class Plan:
         return cls(
             config.model.path,
             config.data,
-            config.sft,
+            trained_sft(config.quantize.source, config.sft),
             config.qat,
             config.sharding,
             config.export.layout.name,
@@ -68,7 +71,7 @@ class Plan:
 
     def is_packed(self, stage: str, model: Mapping[str, Any]) -> bool:
         """Return whether a stage trains on packed experts. `model` is the content of the source's config.json."""
-        method = self.trainings[stage].method
+        method = (self.sft if stage == Stage.sft.name else self.qat).method
         if stage == Stage.qat.name and method is not Method.full:
             if self.rounds_base:
                 return self.block_format.stores_like(MXFP4)
@@ -93,8 +96,12 @@ class Plan:
 
     @property
     def trainings(self) -> dict[str, TrainConfig]:
-        """The settings of each training stage, by the stage's name. Without rounding there is no QAT."""
-        found: dict[str, TrainConfig] = {Stage.sft.name: self.sft}
+        """The settings of each training stage, by the stage's name. Without rounding there is no QAT.
+
+        There is no SFT if `quantize` starts from the original, or from adapters of another program.
+        """
+        has_sft = self.quantize.source == QuantizeSource.sft
+        found: dict[str, TrainConfig] = {Stage.sft.name: self.sft} if has_sft else {}
         if not leaves_nothing_to_round(self.quantize.source, self.sft, self.format.name):
             found[Stage.qat.name] = self.qat
         return found

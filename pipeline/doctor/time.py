@@ -13,7 +13,6 @@ from pipeline.config import (
     EvaluateConfig,
     QatConfig,
     QuantizeConfig,
-    QuantizeSource,
     RoundingMethod,
     Stage,
     TrainConfig,
@@ -247,11 +246,10 @@ def of_stages(
     is_mxfp4 = is_quantized(config)
     source = model_bytes(model, is_packed=is_mxfp4)
     whole = model_bytes(model, is_packed=plan.starts_packed(is_mxfp4=is_mxfp4))
-    names = [name for name in plan.trainings if not (name == "sft" and plan.quantize.source is QuantizeSource.upcast)]
-    trained = {name: training(plan, name, config, amounts, devices) for name in names}
+    trained = {name: training(plan, name, config, amounts, devices) for name in plan.trainings}
     values = Work(memory_bytes=4 * _WIDTH * model.expert_values)  # decode and encode: read and write twice
     found = {Stage.upcast.name: Work(disk_bytes=source + disk["upcast"]) if disk["upcast"] else Work()}
-    found |= {name: trained[name] for name in names if name == Stage.sft.name}
+    found |= {name: trained[name] for name in trained if name == Stage.sft.name}
     if Stage.qat.name in plan.trainings:
         rounded = rounding(plan, config, amounts, needed, devices)
         found |= {Stage.quantize.name: rounded, Stage.qat.name: trained["qat"]}
@@ -259,6 +257,7 @@ def of_stages(
     runs = _inference(model, amounts, devices, _BF16, is_packed=is_mxfp4)
     checked = runs.over(2 * asked.samples, amounts.mean, 1)
     found[Stage.verify.name] = values + checked + Work(disk_bytes=2 * source + whole + 2 * disk["export"])
-    count = len(names) + 2 + (Stage.qat.name in plan.trainings)  # upcast, the trained models, quantize and export
+    # The models are upcast and export, quantize, the trained ones, and adapters that another program trained.
+    count = 2 + (Stage.qat.name in plan.trainings) + len(trained) + (plan.quantize.adapters is not None)
     found[Stage.evaluate.name] = evaluation(plan, asked, config, amounts, devices, count)
     return found

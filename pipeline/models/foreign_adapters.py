@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from pipeline.checkpoints.config_json import read_config
+from pipeline.checkpoints.config_json import CONFIG, read_config
 from pipeline.checkpoints.side_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pipeline.errors import user_errors
 from pipeline.models.source import Source, sampled_fingerprint, update_with_samples
@@ -32,6 +32,21 @@ def holds_adapters(directory: Path) -> bool:
     """Return whether a directory holds adapters of another program and no whole model."""
     whole = {path.name for path in directory.glob("*.safetensors")} - {ADAPTER_WEIGHTS}
     return (directory / ADAPTER_CONFIG).is_file() and not whole and not (directory / ARTIFACT_FILE).is_file()
+
+
+def describe_other_contents(directory: Path) -> str | None:
+    """Say what is at a path in place of adapters of another program, and what to do. Return None if they are there."""
+    if holds_adapters(directory):
+        return None
+    if directory.is_file():
+        return f"is a file. Give the directory that holds {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
+    if not directory.is_dir():
+        return "neither a stage (sft, upcast) nor a directory. Give the directory of adapters that PEFT saved."
+    if (directory / ARTIFACT_FILE).is_file():
+        return "is a stage of a run. Go on in that run with quantize.source=sft, or start SFT from it with sft.start."
+    if any(directory.glob("*.safetensors")) or (directory / CONFIG).is_file():
+        return "holds a whole model, not adapters. Give it as model.path, with quantize.source=upcast."
+    return f"has no {ADAPTER_CONFIG}. Give the directory of adapters that PEFT saved (save_pretrained)."
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pipeline.checkpoints.dtypes import dtype_name
 from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS
 from pipeline.checkpoints.side_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pipeline.errors import UserError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _ADAPTER = "default"
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of factors that are merged."""
 _SHOWN = 3  # names that a message lists
 
 
@@ -102,6 +105,9 @@ class Merger:
                 f"{file}: {key} has shape {list(weights[key].shape)}, but the base model needs {list(hollow.shape)}."
                 " Set model.path to the model that the adapters were trained on."
             )
+        if weights[key].dtype not in _TYPES:
+            names = ", ".join(map(dtype_name, _TYPES))
+            raise UserError(f"{file}: {key} has the type {dtype_name(weights[key].dtype)}. Save it in one of {names}.")
         return nn.Parameter(weights.pop(key), requires_grad=False)
 
     def _take_whole(self, weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -117,6 +123,18 @@ class Merger:
                     " vocabulary that was resized cannot be exported, because engines expect the base model's."
                 )
         return whole
+
+    def names(self) -> list[str]:
+        """List the parameters of the plain model that the adapters change."""
+        return [*self._layers, *self._replaced]
+
+    def replaced(self) -> list[str]:
+        """List the parameters of the plain model that whole tensors replace."""
+        return [*self._replaced]
+
+    def adapters(self) -> dict[str, tuple[int, float]]:
+        """Return the rank and the scale of each adapter, by the name of its parameter in the plain model."""
+        return {name: (layer.r[_ADAPTER], layer.scaling[_ADAPTER]) for name, layer in self._layers.items()}
 
     def __contains__(self, name: str) -> bool:
         """Return whether this parameter of the plain model has an adapter, or is replaced."""

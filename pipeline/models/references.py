@@ -4,6 +4,7 @@ A stage writes a full checkpoint, or adapters for the checkpoint of an earlier s
 quantizers. A `ModelRef` says what a directory holds.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,6 +51,11 @@ class ModelRef:
     block_format: BlockFormat | None = None
     fingerprint: str = ""
     dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another program saved the adapters."""
+        return self.adapter and not (self.directory / ARTIFACT_FILE).is_file()
 
     @property
     def is_packed(self) -> bool:
@@ -122,10 +128,7 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
     if not directory.is_dir():
         raise UserError(f"{key}={source}: no control of {run.directory} has this model.")
     if foreign_adapters.holds_adapters(directory):
-        base = locate(run, run.config.model)
-        if (warning := describe_other_base(read_adapter_config(directory), base, run.config.model.path)) is not None:
-            warn(run.stage.name, f"{key}={source}: {warning}.")
-        return replace(on_base(directory, base), name=source)
+        return replace(_merged_on(run, directory, locate(run, run.config.model), f"{key}={source}"), name=source)
     ref = in_directory(directory, controls.remedy_of(directory) if is_control(source) else None)
     if ref.name == exports.NAME and (name := exports.name_of(run, directory)) is not None:
         return replace(ref, name=name)
@@ -161,6 +164,46 @@ def on_base(directory: Path, base: Source) -> ModelRef:
     return ModelRef(str(directory), directory, base.directory, adapter=True, fingerprint=mark)
 
 
+def _merged_on(run: Run, directory: Path, base: Source, asked: str) -> ModelRef:
+    """Describe adapters of another program on a base, and warn if they name another base. `asked` is the setting."""
+    if (warning := describe_other_base(read_adapter_config(directory), base, run.config.model.path)) is not None:
+        warn(run.stage.name, f"{asked}: {warning}.")
+    return on_base(directory, base)
+
+
+def adapters_directory(source: str, key: str) -> Path:
+    """Return the directory of adapters that another program saved. `key` is the setting with the value `source`.
+
+    Raises:
+        UserError: the directory holds no adapters, or this program cannot merge them exactly.
+    """
+    directory = Path(source).expanduser().absolute()
+    if (problem := foreign_adapters.describe_other_contents(directory)) is not None:
+        raise UserError(f"{key}={source}: {problem}")
+    read_adapter_config(directory)
+    return directory
+
+
+def _foreign_sft(run: Run, source: str) -> ModelRef:
+    """Describe the adapters in quantize.source, which are this run's SFT. They are merged on the run's upcast.
+
+    Without an upcast, they are merged on the source, which has the same values.
+    """
+    key, model = "quantize.source", run.config.model
+    directory = adapters_directory(source, key)
+    if run.is_complete(Stage.upcast):
+        upcast = require_upcast(run, model.path)
+        base = Source(upcast.directory, upcast.parents["source"])
+    else:
+        base = locate(run, model)
+    return replace(_merged_on(run, directory, base, f"{key}={source}"), name=Stage.sft.name)
+
+
+def relative_base(base: Path, directory: Path) -> str:
+    """Return the path of a base model as adapters in `directory` record it. Runs can be moved with it."""
+    return os.path.relpath(base, directory)
+
+
 def source_problem(run: Run, source: str, among: tuple[Stage, ...], key: str) -> str | None:
     """Return a message if `source` can never name a model, else None. A stage of this run may be made later."""
     if is_own_name(source):
@@ -185,22 +228,34 @@ def is_loadable(run: Run, stage: Stage) -> bool:
     """Return whether a stage of this run is complete and transformers can load its model."""
     if stage is Stage.export:
         return _loadable_export(run) is not None
+    if stage is Stage.sft and (adapters := run.config.quantize.adapters) is not None:
+        return foreign_adapters.holds_adapters(Path(adapters).expanduser().absolute())
     return run.is_complete(stage) and load(run.stage_dir(stage), check_files=False).kind is not Kind.foreign
 
 
 def stage_ref(run: Run, stage: Stage) -> ModelRef:
-    """Return the model of a complete stage of this run.
+    """Return the model of a complete stage of this run. Adapters in quantize.source are the model of `sft`.
 
     Raises:
-        UserError: the stage is stale or damaged; or it is `export`, export.target is null, and an export that
-            transformers can load is unfinished.
+        UserError: the stage is stale or damaged, or the adapters are missing or cannot be merged; or it is `export`,
+            export.target is null, and an export that transformers can load is unfinished.
     """
+    if stage is Stage.sft and (adapters := run.config.quantize.adapters) is not None:
+        return _foreign_sft(run, adapters)
     if stage is not Stage.export:
         return of_artifact(run.require(stage))
     target = _loadable_export(run)
     if target is not None:
         passing_over.raise_if_export_is_passed_over(run, target, models_only=True)
     return export_ref(run, target)
+
+
+def ref_unless_stale(run: Run, stage: Stage) -> ModelRef | None:
+    """Return the model of a stage that `is_loadable`, or None if it is stale."""
+    if stage is Stage.sft and run.config.quantize.adapters is not None:
+        return stage_ref(run, stage)
+    artifact = load(run.stage_dir(stage))
+    return of_artifact(artifact) if run.staleness(artifact) is None else None
 
 
 def export_ref(run: Run, target: str | None) -> ModelRef:

@@ -26,7 +26,7 @@ RECORD_FILE = "command.yaml"
 
 _PATHS = (
     *("base_run", "data.path", "data.validation.path", "evaluate.lm_eval.include_path", "evaluate.prompts.path"),
-    *("model.path", "sft.start", "verify.reference"),
+    *("model.path", "quantize.source", "sft.start", "verify.reference"),
     *("evaluate.source", "export.source", "verify.checkpoint"),
 )
 """Settings of a run or of one command that may be paths. A relative path starts at the working directory."""

@@ -7,7 +7,7 @@ from pipeline.config.overrides import listed_value, plain_value
 from pipeline.runs.own_settings import OwnSettings
 from pipeline.runs.settings import BLEND, Settings
 
-_PATHS = ("model.path", "data.path", "data.validation.path")
+_PATHS = ("model.path", "data.path", "data.validation.path", "quantize.source")
 
 
 def differing(before: Settings, now: Mapping[str, object], own: OwnSettings | None) -> list[str]:

@@ -105,7 +105,7 @@ def problems(config: PipelineConfig, machine: Machine) -> list[str]:
 def _trained(config: PipelineConfig) -> dict[str, TrainConfig]:
     """Return the training settings that the stage uses, keyed by the name of their section."""
     found: dict[str, TrainConfig] = {name: getattr(config, name) for name in _TRAINED.get(config.stage, ())}
-    if config.stage is Stage.all and config.quantize.source is QuantizeSource.upcast:
+    if config.stage is Stage.all and config.quantize.source != QuantizeSource.sft:
         del found["sft"]  # skipped
     return found
 

@@ -131,6 +131,8 @@ class QuantizeRecord(ModelRecord):
         fallback: for method gptq, how many experts there are (`experts`), how many of them had too few tokens and were
             rounded by the fallback (`fallback_experts`), and how many had no token (`without_tokens`).
         candidates: with quantize.method=auto, the roundings that were tried (see `quantize.selection.Candidate`).
+        adapters: directory of the adapters of another program that are the run's SFT, or None.
+        writes_rounded: whether the experts on disk are rounded. None without `adapters`.
     """
 
     quantizers: int
@@ -139,6 +141,8 @@ class QuantizeRecord(ModelRecord):
     account: dict[str, float | None] | None = field(default=None, metadata=_OPTIONAL)
     fallback: dict[str, int] | None = field(default=None, metadata=_OPTIONAL)
     candidates: list[Any] | None = field(default=None, metadata=_OPTIONAL)
+    adapters: str | None = field(default=None, metadata=_OPTIONAL)
+    writes_rounded: bool | None = field(default=None, metadata=_OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)

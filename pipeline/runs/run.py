@@ -81,10 +81,15 @@ class Run:
         own = self._own_dir(name)
         if name.partition("/")[0] in parts.STAGES:
             return own
-        if self._shared is None or (own / ARTIFACT_FILE).is_file() or (own / UNFINISHED_FILE).is_file():
+        is_begun = (own / ARTIFACT_FILE).is_file() or (own / UNFINISHED_FILE).is_file()
+        if self._shared is None or is_begun or self._replaces(name):
             return own
         shared = self._shared / name
         return shared if name not in Stage.__members__ or self._can_use(shared) else own
+
+    def _replaces(self, stage: str) -> bool:
+        """Whether adapters of another program take the place of this stage."""
+        return stage == Stage.sft.name and self.config.quantize.adapters is not None
 
     def _own_dir(self, name: str) -> Path:
         first, _, part = name.partition("/")
@@ -224,7 +229,7 @@ class Run:
         if self._shared is None or self.stage not in MODEL_STAGES:
             return []
         earlier = MODEL_STAGES[: MODEL_STAGES.index(self.stage)]
-        skips_sft = self.config.quantize.source is QuantizeSource.upcast
+        skips_sft = self.config.quantize.source != QuantizeSource.sft
         there = [stage for stage in earlier if (self._shared / stage.name / ARTIFACT_FILE).is_file()]
         return [stage for stage in there if not (skips_sft and stage is Stage.sft)]
 
@@ -258,7 +263,8 @@ class Run:
         if Stage[name] not in MODEL_STAGES or is_rebuilt or not (directory / ARTIFACT_FILE).is_file():
             return False
         artifact = load(directory, check_files=False)
-        parents = [parent for parent in artifact.parents if parent in Stage.__members__]
+        stages = (parent for parent in artifact.parents if parent in Stage.__members__)
+        parents = [stage for stage in stages if not self._replaces(stage)]
         has_same_parents = all(self.stage_dir(parent) == directory.with_name(parent) for parent in parents)
         return (
             has_same_parents

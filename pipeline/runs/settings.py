@@ -17,6 +17,7 @@ _PARENT_OF_PATH = {
     "model.path": "source",
     "model.revision": "source",
     "export.source": "model",
+    "quantize.source": "sft",
     OWN_TASKS: OWN_TASKS,
     **dict.fromkeys(("evaluate.prompts.path", "evaluate.prompts.revision"), "evaluate.prompts"),
 }

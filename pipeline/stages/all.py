@@ -70,8 +70,8 @@ def _raise_if_too_small(config: PipelineConfig, report: Artifact) -> None:
 
 
 def _reason_to_skip(stage: Stage, config: PipelineConfig) -> str | None:
-    if stage is Stage.sft and config.quantize.source is QuantizeSource.upcast:
-        return "quantize.source=upcast"
+    if stage is Stage.sft and config.quantize.source != QuantizeSource.sft:
+        return f"quantize.source={config.quantize.source}"
     if stage in (Stage.quantize, Stage.qat) and leaves_nothing_to_round(
         config.quantize.source, config.sft, config.format.name
     ):

@@ -30,12 +30,13 @@ def run(config: PipelineConfig) -> Artifact:
     here = Run(config)
     if (reason := reason_for_none(config)) is not None:
         raise UserError(f"stage=controls: there are no controls, because {reason}.")
-    upcast, sft = references.require_upcast(here, config.model.path), here.require(Stage.sft)
+    upcast, sft = references.require_upcast(here, config.model.path), here.stage_dir(Stage.sft)
+    references.stage_ref(here, Stage.sft)  # complete, or adapters of another program
     sharding.raise_if_impossible(config.sharding)
     has_mxfp4 = upcast.kind is Kind.packed or upcast.read(UpcastRecord).decoded_tensors > 0
     if (reason := reason_without_parts(config, has_mxfp4=has_mxfp4)) is not None:
         say("controls", f"{BF16_PARTS}: skipped, because {reason}")
-    listed = [_without_shared(upcast, each) for each in controls_of(config, str(sft.directory), has_mxfp4=has_mxfp4)]
+    listed = [_without_shared(upcast, each) for each in controls_of(config, str(sft), has_mxfp4=has_mxfp4)]
     if (problem := overwrite_problem(config.overwrite, listed)) is not None:
         raise UserError(problem)
     made = [_make(here, each) for each in listed]

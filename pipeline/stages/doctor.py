@@ -25,7 +25,7 @@ from pipeline.doctor.rows import examine
 from pipeline.doctor.rows import figures as token_figures
 from pipeline.errors import UserError
 from pipeline.evaluate.generation import prompts
-from pipeline.models import source
+from pipeline.models import foreign_sft, source
 from pipeline.runs import gpus, up_to_date
 from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
@@ -60,6 +60,7 @@ def run(config: PipelineConfig) -> Artifact:
     config = config.with_target()
     here, tell = Run(config), Languages(config.doctor.languages, "doctor.languages")
     model = source.locate_without_weights(here, config.model)
+    foreign_sft.check(here, model)
     how = rendering_of(config.data, load_tokenizer(model))
     rows = load_rows(here, config.data, lists_unused=False)  # the report lists them
     _raise_if_no_such_row(config, rows)

@@ -15,7 +15,7 @@ from pipeline.evaluate.scorers import judge
 from pipeline.models import references
 from pipeline.models.references import ModelRef
 from pipeline.runs import controls, exports, passing_over
-from pipeline.runs.artifacts import EVALUATED_STAGES, MODEL_STAGES, Artifact, Kind, Result, load
+from pipeline.runs.artifacts import EVALUATED_STAGES, MODEL_STAGES, Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.console import say, warn
 from pipeline.runs.json_files import read_record, seal, write_json
@@ -80,6 +80,8 @@ def _refs(here: Run, source: str | None) -> list[ModelRef]:
         raise UserError(
             f"evaluate.source={_ALL}: {here.config.run_dir} has no model yet. Run first: {here.command(Stage.upcast)}"
         )
+    if (adapters := here.config.quantize.adapters) is not None and Stage.sft not in complete:
+        warn("evaluate", f"{Stage.sft.name}: skipped, because quantize.source={adapters} holds no adapters.")
     for each in passing_over.find_unfinished(here, EVALUATED_STAGES, models_only=True):
         warn("evaluate", f"{each.name}: skipped, because it is unfinished. Finish it: {each.command}")
     stages = [references.stage_ref(here, stage) for stage in complete if stage is not Stage.export]
@@ -101,12 +103,8 @@ def _controls(here: Run, among: Container[str] | None = None) -> Iterator[ModelR
 def _measured_before(here: Run) -> list[ModelRef]:
     """List the models in the earlier report that are not stale. Only changed models are measured again."""
     names = here.report_parents(Stage.evaluate)
-    there = [
-        load(here.stage_dir(stage))
-        for stage in MODEL_STAGES
-        if stage.name in names and references.is_loadable(here, stage)
-    ]
-    stages = [references.of_artifact(artifact) for artifact in there if here.staleness(artifact) is None]
+    there = [stage for stage in MODEL_STAGES if stage.name in names and references.is_loadable(here, stage)]
+    stages = [ref for ref in (references.ref_unless_stale(here, stage) for stage in there) if ref is not None]
     exported = [ref for ref in references.export_refs(here) if ref.name in names]
     return [*stages, *exported, *_controls(here, names)]
 
@@ -166,7 +164,7 @@ def _reference(here: Run, refs: list[ModelRef]) -> ModelRef | None:
     complete. Otherwise, it is the first of `refs`. If all these are missing, it is None.
     """
     for stage in (Stage.sft, Stage.upcast):
-        if here.is_complete(stage):
+        if references.is_loadable(here, stage):
             return references.stage_ref(here, stage)
     return refs[0] if refs else None
 

@@ -10,7 +10,7 @@ from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.models import loading, placement, references, saving, sharding
+from pipeline.models import foreign_sft, loading, placement, references, saving, sharding
 from pipeline.models.references import ModelRef
 from pipeline.numerics.formats import MXFP4, BlockFormat
 from pipeline.runs.artifacts import Artifact, Kind, Result
@@ -37,6 +37,7 @@ def run(config: PipelineConfig) -> Artifact:
     raise_if_nothing_to_round(config.quantize.source, config.sft, config.format.name)
     start = here.require(Stage.quantize)
     sharding.raise_if_impossible(config.sharding)
+    foreign_sft.raise_if_changed(here, start)
     _raise_if_quantized_otherwise(here, references.of_artifact(start), references.configured_format(config.format))
     _warn_about_sft(config, here, start)
     rows = load_rows(here, config.data)
@@ -168,7 +169,7 @@ def _load_teacher(here: Run, config: PipelineConfig, start: ModelRef, attention:
     sft = references.stage_ref(here, Stage.sft)
     has_own_base = not start.base.samefile(sft.base)
     if not distillation.holds_second_model(config.qat, sft.dtype, has_own_base=has_own_base):
-        return distillation.share_base(sft, settings)
+        return distillation.share_base(start if sft.is_foreign else sft, settings)  # `start` is a copy of foreign ones
     own = for_teacher(attention, config.qat.precision, sft.dtype)
     model = loading.load_teacher(sft, config.qat, config.sharding, own)
     return Teacher(model, settings.weight, settings.temperature)

@@ -38,7 +38,8 @@ from pipeline.config import (
 from pipeline.data.examples import Splits, prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.models import attention, loading, losses, placement, references, saving
+from pipeline.evaluate import measure
+from pipeline.models import attention, foreign_sft, loading, losses, placement, references, saving
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.numerics.formats import MXFP4, BlockFormat
@@ -63,22 +64,33 @@ def run(config: PipelineConfig) -> Artifact:
     here = Run(config)
     raise_if_nothing_to_round(config.quantize.source, config.sft, config.format.name)
     block_format = references.configured_format(config.format)  # wrong settings end the run before the data is read
-    from_sft = config.quantize.source is QuantizeSource.sft
-    start = here.require(Stage.sft) if from_sft else references.require_upcast(here, config.model.path)
-    parents = {start.stage: start.fingerprint}
-    if _writes_rounded(config):
+    start = _find_start(config, here)
+    parents = {start.name: start.fingerprint}
+    if _writes_rounded(config) or start.is_foreign:
         upcast = references.require_upcast(here, config.model.path)
         parents[upcast.stage] = upcast.fingerprint
-        origins.find_packed(upcast, config.quantize, block_format)
+        if _writes_rounded(config):
+            origins.find_packed(upcast, config.quantize, block_format)
     rows = load_rows(here, config.data)
     return build(
         here,
         Stage.quantize,
         settings=_SETTINGS,
         parents=parents,
-        work=lambda directory: _quantize(config, here, references.of_artifact(start), rows, directory),
+        work=lambda directory: _quantize(config, here, start, rows, directory),
         data=rows.fingerprint,
     )
+
+
+def _find_start(config: PipelineConfig, here: Run) -> ModelRef:
+    """Return the model to quantize: the run's SFT, adapters of another program in its place, or the upcast."""
+    if config.quantize.source == QuantizeSource.upcast:
+        return references.of_artifact(references.require_upcast(here, config.model.path))
+    if config.quantize.adapters is not None:
+        foreign_sft.check(here, references.require_upcast(here, config.model.path).directory)
+    start = references.stage_ref(here, Stage.sft)
+    measure.check_tokens([start], None)
+    return start
 
 
 def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, directory: Path) -> Result:
@@ -86,6 +98,8 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
 
     block_format = references.configured_format(config.format)
     rounds = _writes_rounded(config)
+    if ref.is_foreign:
+        foreign_sft.tell(ref)
     splits = prepare_examples(here, config.data, rows, load_tokenizer(ref.base))
     if rounds:
         form = _write_rounded(config, here, ref, splits, directory)
@@ -123,6 +137,8 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
         account=form.account,
         fallback=form.fallback,
         candidates=form.candidates,
+        adapters=str(ref.directory) if ref.is_foreign else None,
+        writes_rounded=rounds if ref.is_foreign else None,
     )
     stored = MXFP4.name if kind is Kind.packed else saved.dtype
     return Result(kind, record, stored, block_format.name, block_format.scale_rule, form.digests)
@@ -271,7 +287,9 @@ def _take_form(method: Method, ref: ModelRef, directory: Path) -> _Form:
         digests = saving.write_plain(ref, directory).files
         written = replace(ref, directory=directory, base=directory, adapter=False)
         return _Form(Kind.checkpoint, written, whole, digests)
-    if method is not Method.lora or ref.adapter:
+    if ref.is_foreign:
+        ref = foreign_sft.copy(ref, directory)
+    elif method is not Method.lora or ref.adapter:
         for path in sorted(p for p in ref.directory.iterdir() if p.name not in BOOKKEEPING and p.is_file()):
             link_or_copy(path, directory / path.name)
     if not ref.adapter:

@@ -22,6 +22,7 @@ from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import CheckFailed, UserError, at_most
 from pipeline.export import EXPORTERS, recognize
 from pipeline.models import losses, references, source
+from pipeline.models.foreign_adapters import holds_adapters
 from pipeline.models.references import ModelRef
 from pipeline.models.source import Source
 from pipeline.models.weights import Weights
@@ -185,10 +186,7 @@ def _weight_checks(config: PipelineConfig, here: Run, subject: _Subject, are_con
     trained = _trained_model(config, here, export, subject.ref)
     view = verify.view_export(subject.directory, subject.target, subject.reference.directory)
     checks = [trained.check_experts(view), trained.check_others(view)]
-    if subject.ref.adapter and not (subject.ref.directory / ARTIFACT_FILE).is_file():  # another program's adapters
-        from pipeline.verify.adapters import check_merge
-
-        checks.append(check_merge(Weights(subject.ref)))
+    checks += _merge_checks(subject, subject.ref)
     if _format_of(export).quantizes_activations:
         checks.append(trained.check_inputs(view, EXPORTERS[subject.target].load_optional))
     if not are_configured:
@@ -196,6 +194,23 @@ def _weight_checks(config: PipelineConfig, here: Run, subject: _Subject, are_con
     if export.kind is Kind.foreign:
         return [*checks, verify.Check("logits", skipped=f"transformers does not load {subject.target}")]
     return [*checks, trained.check_logits(subject.directory, config.verify.logits_tolerance)]
+
+
+def _merge_checks(subject: _Subject, ref: ModelRef) -> list["Check"]:
+    """Check the merge of another program's adapters: those that were exported, or those that were the run's SFT."""
+    from pipeline.verify.adapters import check_foreign_sft, check_merge
+
+    if ref.is_foreign:
+        return [check_merge(Weights(ref))]
+    made = load(ref.directory, check_files=False) if (ref.directory / ARTIFACT_FILE).is_file() else None
+    if made is not None and made.stage == Stage.qat.name:
+        quantized, mark = made.directory.with_name(Stage.quantize.name), made.parents[Stage.quantize.name]
+        made = load(quantized, check_files=False) if (quantized / ARTIFACT_FILE).is_file() else None
+        made = made if made is not None and made.fingerprint == mark else None
+    if made is None or made.stage != Stage.quantize.name:
+        return []
+    found = check_foreign_sft(made, subject.reference.fingerprint, subject.reference.directory)
+    return [] if found is None else [found]
 
 
 def _engine_checks(config: PipelineConfig, here: Run, subject: _Subject) -> list["Check"]:
@@ -325,13 +340,13 @@ def _trained(here: Run, export: Artifact) -> tuple[ModelRef | None, str]:
     there = {
         origin: references.find(here, str(origin), (), "exported_directory")
         for origin in (own, former)
-        if (origin / ARTIFACT_FILE).is_file() or (origin.is_dir() and not is_of_run)
+        if (origin / ARTIFACT_FILE).is_file() or (origin.is_dir() and (not is_of_run or holds_adapters(origin)))
     }
     for ref in there.values():
         if ref.fingerprint == export.parents["model"]:
             return ref, ""
     # The run may have been moved since, and another run may be at its former place.
-    if (earlier := there.get(own if is_of_run else former)) is not None:
+    if (earlier := there.get(own if is_of_run and not holds_adapters(former) else former)) is not None:
         raise UserError(
             f"{directory} was made from an earlier {earlier.name} ({earlier.directory} has changed since)."
             f" Export again: {here.rebuild_command(export)}"

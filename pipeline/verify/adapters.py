@@ -24,7 +24,11 @@ from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS, plain_tensors
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.side_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pipeline.models import foreign_adapters, references
+from pipeline.models.foreign_adapters import holds_adapters
 from pipeline.models.weights import Weights
+from pipeline.runs.artifacts import Artifact
+from pipeline.runs.records import QuantizeRecord
 from pipeline.verify.check import Check
 
 _PREFIX, _INNER = "base_model.model.", ".base_layer"
@@ -33,21 +37,56 @@ _ROUNDING = 2.0**-8  # largest relative error of rounding to BF16. FP16 and FP32
 _NEAR_ZERO = 2.0**-11  # FP16 numbers near 0 have an absolute error, at most this share of the smallest normal number
 
 
-def check_merge(weights: Weights) -> Check:
+_TITLE = "adapters: merged weights equal base + scaling * B A, recomputed in FP32 without PEFT"
+
+
+def check_merge(
+    weights: Weights, adapters_in: Path | None = None, on: Path | None = None, *, has_rounded: bool = False
+) -> Check:
     """Compare the merged weights of a model with base + scaling * B A. All other weights must be the base model's.
 
     Args:
-        weights: the weights of adapters on their base, as export and the logits use them.
+        weights: the weights of adapters on their base, as export and the logits use them; or a merged model.
+        adapters_in: directory of the adapters, if they are elsewhere than `weights`.
+        on: directory of the base model, if it is another one than the base of `weights`.
+        has_rounded: whether the experts of a merged model are rounded. They are then not compared.
     """
-    check = Check("adapters: merged weights equal base + scaling * B A, recomputed in FP32 without PEFT")
-    adapters, base = _Adapters(weights.ref.directory, weights), Checkpoint(weights.ref.base)
+    check = Check(_TITLE, unseen="the merge of the experts' adapters, because `quantize` rounded the merged weights")
+    check.unseen = check.unseen if has_rounded else None
+    adapters, base = _Adapters(adapters_in or weights.ref.directory, weights), Checkpoint(on or weights.ref.base)
     for name in plain_tensors(weights.shape):
+        if has_rounded and name.endswith(EXPERT_WEIGHTS):
+            adapters.skip(name)
+            continue
         found = [_compare(weights, base, adapters, name, rows) for rows in weights.parts(name)]
         check.problems += _problems(name, *torch.stack(found).sum(0).tolist(), is_adapted=name in adapters)
     check.problems += [f"{key}: belongs to no weight of the model" for key in sorted(adapters.unused())]
     check.measured = {"tensors": adapters.adapted}
     base.close()
     return check
+
+
+def check_foreign_sft(quantized: Artifact, fingerprint: str, base: Path) -> Check | None:
+    """Check that `quantize` merged the adapters of another program, or gave them to QAT, as `check_merge` computes it.
+
+    Args:
+        quantized: the stage `quantize` of the exported model.
+        fingerprint: fingerprint of the base model.
+        base: directory of the base model.
+
+    Returns:
+        The check, or None if the run's SFT is its own.
+    """
+    record = quantized.read(QuantizeRecord)
+    if record.adapters is None:
+        return None
+    directory = Path(record.adapters)
+    if not holds_adapters(directory):
+        return Check(_TITLE, skipped=f"{directory} does not hold the adapters any more")
+    if foreign_adapters.fingerprint(directory, fingerprint) != quantized.parents["sft"]:
+        return Check(_TITLE, skipped=f"{directory} has changed since {quantized.directory} was made from it")
+    weights = Weights(references.of_artifact(quantized))
+    return check_merge(weights, directory, base, has_rounded=bool(record.writes_rounded))
 
 
 def _compare(weights: Weights, base: Checkpoint, adapters: "_Adapters", name: str, rows: slice) -> Tensor:
@@ -116,6 +155,10 @@ class _Adapters:
         """Return the weights that the delta is added to: the base's, or those that PEFT saved as a whole."""
         self._used.add(name)
         return self._whole[name][rows] if name in self._whole else base
+
+    def skip(self, name: str) -> None:
+        """Count the tensors of a weight as compared."""
+        self._used.add(name)
 
     def __contains__(self, name: str) -> bool:
         """Return whether a weight has an adapter."""
