@@ -23,7 +23,9 @@ class QuantizeSource(StrEnum):
 
 
 _SOURCE = Bound(
-    f"{', '.join(QuantizeSource)}, or a directory of adapters", lambda value: bool(value.strip()), (*QuantizeSource,)
+    f"{', '.join(QuantizeSource)}, or a directory of adapters",
+    lambda value: bool(value.strip()),
+    (*map(str, QuantizeSource),),
 )
 
 
@@ -110,7 +112,7 @@ def source_problem(source: str) -> str | None:
     A directory of adapters may be gone, because only `quantize` and evaluations need it. So a name that is not like a
     stage's may be a path.
     """
-    meant = did_you_mean(source, [*QuantizeSource])
+    meant = did_you_mean(source, map(str, QuantizeSource))
     if source in (*QuantizeSource,) or not meant or "/" in source or Path(source).exists():
         return None
     return (

@@ -34,7 +34,8 @@ def write_text(run: Run, model: ModelConfig, settings: ExportConfig, *, proven: 
     """
     export, base = proven.export, proven.base
     exported, verified = export.read(ExportRecord), proven.proof.read(VerifyRecord)
-    trained = record.trainings(record.lineage(export))
+    lineage = record.lineage(export)
+    trained = record.trainings(lineage)
     target, repository = TARGETS[exported.target], settings.push_to_hub
     card = ModelCard.from_template(
         _metadata(run, base_name(model, settings.card), settings.card, proven, trained),
@@ -45,7 +46,7 @@ def write_text(run: Run, model: ModelConfig, settings: ExportConfig, *, proven: 
         base_name=base_name(model, settings.card) or Path(model.path).name,
         base_revision=_revision(model, base),
         base=base,
-        stages=[record.training(each) for each in trained],
+        stages=[*record.foreign_training(lineage), *(record.training(each) for each in trained)],
         data=record.data(trained[-1]) if trained else {},
         export=export,
         moved_weights=exported.moved_weights,
