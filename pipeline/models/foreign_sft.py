@@ -41,6 +41,7 @@ from pipeline.config.overrides import assignment
 from pipeline.errors import UserError
 from pipeline.models import references
 from pipeline.models.references import ModelRef
+from pipeline.models.source import Source
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.console import say, warn
 from pipeline.runs.json_files import write_json
@@ -113,8 +114,10 @@ def raise_if_changed(run: Run, quantized: Artifact) -> None:
         )
 
 
-def tell(ref: ModelRef) -> None:
-    """Say whose adapters are quantized, and warn about their own tokenizer, chat template and generation config."""
+def tell(run: Run, ref: ModelRef) -> None:
+    """Say whose adapters are quantized. Warn about another base, and about a tokenizer or template of their own."""
+    base = Source(ref.base, run.require(Stage.upcast).parents["source"])
+    references.warn_of_other_base(run, ref.directory, base, f"quantize.source={run.config.quantize.source}")
     say("quantize", f"{ref.directory} is this run's SFT: adapters of another program, on {ref.base}")
     own = describe_differences(ref.base, choose_side_files(ref.base, ref.directory))
     for line in own.values():

@@ -128,7 +128,9 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
     if not directory.is_dir():
         raise UserError(f"{key}={source}: no control of {run.directory} has this model.")
     if foreign_adapters.holds_adapters(directory):
-        return replace(_merged_on(run, directory, locate(run, run.config.model), f"{key}={source}"), name=source)
+        base = locate(run, run.config.model)
+        warn_of_other_base(run, directory, base, f"{key}={source}")
+        return replace(on_base(directory, base), name=source)
     ref = in_directory(directory, controls.remedy_of(directory) if is_control(source) else None)
     if ref.name == exports.NAME and (name := exports.name_of(run, directory)) is not None:
         return replace(ref, name=name)
@@ -164,11 +166,10 @@ def on_base(directory: Path, base: Source) -> ModelRef:
     return ModelRef(str(directory), directory, base.directory, adapter=True, fingerprint=mark)
 
 
-def _merged_on(run: Run, directory: Path, base: Source, asked: str) -> ModelRef:
-    """Describe adapters of another program on a base, and warn if they name another base. `asked` is the setting."""
+def warn_of_other_base(run: Run, directory: Path, base: Source, asked: str) -> None:
+    """Warn if adapters of another program name another base than they are merged on. `asked` is the user's setting."""
     if (warning := describe_other_base(read_adapter_config(directory), base, run.config.model.path)) is not None:
         warn(run.stage.name, f"{asked}: {warning}.")
-    return on_base(directory, base)
 
 
 def adapters_directory(source: str, key: str) -> Path:
@@ -196,7 +197,7 @@ def _foreign_sft(run: Run, source: str) -> ModelRef:
         base = Source(upcast.directory, upcast.parents["source"])
     else:
         base = locate(run, model)
-    return replace(_merged_on(run, directory, base, f"{key}={source}"), name=Stage.sft.name)
+    return replace(on_base(directory, base), name=Stage.sft.name)
 
 
 def relative_base(base: Path, directory: Path) -> str:

@@ -89,7 +89,8 @@ def _find_start(config: PipelineConfig, here: Run) -> ModelRef:
     if config.quantize.adapters is not None:
         foreign_sft.check(here, references.require_upcast(here, config.model.path).directory)
     start = references.stage_ref(here, Stage.sft)
-    measure.check_tokens([start], None)
+    if start.is_foreign:
+        measure.check_tokens([start], None)
     return start
 
 
@@ -99,7 +100,7 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
     block_format = references.configured_format(config.format)
     rounds = _writes_rounded(config)
     if ref.is_foreign:
-        foreign_sft.tell(ref)
+        foreign_sft.tell(here, ref)
     splits = prepare_examples(here, config.data, rows, load_tokenizer(ref.base))
     if rounds:
         form = _write_rounded(config, here, ref, splits, directory)
