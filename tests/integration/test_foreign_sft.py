@@ -19,7 +19,7 @@ from pipeline.runs import artifacts
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 FULL = ("recipe=smoke", *SHORT, "qat.max_steps=2", "quantize.calibration_samples=16")
-LORA = ("recipe=smoke_lora", *SHORT, "qat.max_steps=2")
+LORA = ("recipe=smoke_lora", *SHORT, "sft.precision=bf16", "qat.max_steps=2")
 PROVEN = "adapters: merged weights equal base + scaling * B A, recomputed in FP32 without PEFT"
 
 
@@ -93,7 +93,7 @@ def test_all_stages_go_on_from_adapters_of_another_program(
     assert "nothing has been fine-tuned" not in shown.err
     assert not (run / "sft").exists()
     assert statuses(run)[PROVEN] == "ok" and "FAILED" not in statuses(run).values()
-    rows = json.loads((run / "compare" / "compare.json").read_text())["models"]
+    rows = json.loads((run / "compare" / "compare.json").read_text())["rows"]
     roles = {row["model"]: row["role"] for row in rows}
     assert roles["sft"] == "SFT (adapters of another program)"
     assert roles["quantize"] == "SFT + PTQ (gptq)" and roles["qat"] == "SFT + QAT"
@@ -180,7 +180,7 @@ def test_mistakes_are_named_before_the_first_stage(
         (tiny, (), "holds a whole model, not adapters. Give it as model.path, with quantize.source=upcast"),
         (pickled, (), "are in PyTorch's format (adapter_model.bin), not in safetensors"),
         (attention, (), "there is nothing to round. The adapters do not change the experts"),
-        (adapters, ("model.tiny.hidden_size=32", "model.path=synthetic:tiny"), "but the base model needs"),
+        (adapters, ("model.tiny.hidden_size=32", "model.path=synthetic://tiny"), "but the base model needs"),
         (
             save(r=4, lora_alpha=8, target_modules=ATTENTION, target_parameters=EXPERTS),
             continuing,
