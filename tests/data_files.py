@@ -20,6 +20,11 @@ from pipeline.data.rows import Rows, load_rows
 from pipeline.errors import UserError
 from pipeline.runs.run import Run
 
+REAL_TEXT = Path(__file__).parents[2] / "shared" / "data" / "mgsm" / "reasoning.jsonl"
+"""Conversations in many languages."""
+
+needs_real_text = pytest.mark.skipif(not REAL_TEXT.is_file(), reason=f"needs shared test data: {REAL_TEXT}")
+
 ROWS = synthetic.arithmetic_rows()[:20]
 """The first rows of the synthetic data set."""
 

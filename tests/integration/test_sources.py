@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHORT, outcomes, run_program
+from data_files import REAL_TEXT, needs_real_text
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints.gpt_oss import QUANTIZATION_CONFIG
@@ -15,7 +16,6 @@ from pipeline.checkpoints.side_files import copy_side_files
 from pipeline.runs import artifacts
 from pipeline.runs.metrics import read_metrics
 
-REAL_TEXT = Path(__file__).parents[3] / "shared" / "data" / "mgsm" / "reasoning.jsonl"
 GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
 
 
@@ -105,7 +105,7 @@ def test_an_input_dimension_that_is_no_multiple_of_32_is_named(tmp_path: Path, s
     assert "not a multiple of 32" in message
 
 
-@pytest.mark.skipif(not REAL_TEXT.is_file(), reason=f"needs shared test data: {REAL_TEXT}")
+@needs_real_text
 def test_a_run_on_real_multilingual_text_learns(tmp_path: Path) -> None:
     arguments = ("recipe=smoke", f"run_dir={tmp_path}", f"data.path={REAL_TEXT}", "data.max_length=1024")
     assert run_program("stage=upcast", *arguments) == 0

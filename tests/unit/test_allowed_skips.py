@@ -1,8 +1,11 @@
 """In CI, a skipped test without an allowed reason fails the run."""
 
+import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from allowed_skips import ALLOWED_REASONS
 
 pytest_plugins = ("pytester",)
 
@@ -21,8 +24,10 @@ import pytest
 
 pytest.importorskip("no_such_package")
 """
-HOOKS = (Path(__file__).parents[1] / "allowed_skips.py").read_text(encoding="utf-8")
-
+TESTS = Path(__file__).parents[1]
+HOOKS = (TESTS / "allowed_skips.py").read_text(encoding="utf-8")
+INSTALLED_IN_CI = ("no C++ compiler on this machine", "Triton is not installed", "no Triton on this machine")
+"""Reasons of skips that fail a CI run on purpose."""
 
 WITHOUT = ("-p", "no:cacheprovider", "-p", "no:unraisableexception")
 """Options of the inner runs. The second plugin would collect the garbage of this whole process five times."""
@@ -73,3 +78,21 @@ def test_outside_of_ci_any_skip_passes(pytester: pytest.Pytester, monkeypatch: p
     result = outcome(pytester, SKIPPED.format(reason="lm-eval is not installed"))
     assert result.ret == pytest.ExitCode.OK
     result.assert_outcomes(passed=1, skipped=1)
+
+
+def reasons_in(path: Path) -> Iterator[str]:
+    """Yield the constant beginning of each reason that a test file gives for a skip."""
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in ("skip", "skipif"):
+            named = [word.value for word in call.keywords if word.arg == "reason"]
+            reason = (named or call.args)[0]
+            first = reason.values[0] if isinstance(reason, ast.JoinedStr) else reason
+            yield first.value if isinstance(first, ast.Constant) else ast.unparse(reason)
+
+
+def test_each_skip_has_an_allowed_reason_or_fails_ci_on_purpose() -> None:
+    """So the reasons of skips that do not happen on this machine are also checked."""
+    files = [path for path in TESTS.rglob("*.py") if path != Path(__file__) and "skip" in path.read_text("utf-8")]
+    found = {(path.name, reason) for path in files for reason in reasons_in(path)}
+    assert len(found) >= 15
+    assert [each for each in sorted(found) if not each[1].startswith((*ALLOWED_REASONS, *INSTALLED_IN_CI))] == []

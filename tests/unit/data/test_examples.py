@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_files import ROWS, jsonl, numbered_rows, numbers_in, prepare, prepare_error
+from data_files import REAL_TEXT, ROWS, jsonl, needs_real_text, numbered_rows, numbers_in, prepare, prepare_error
 
 from pipeline.config import ReasoningEffort, RenderingForm, Supervise
 from pipeline.data import harmony
 from pipeline.data import rows as rows_module
 from pipeline.data.harmony import IGNORED
-
-REAL_TEXT = Path(__file__).parents[4] / "shared" / "data" / "mgsm" / "reasoning.jsonl"
-
 
 pytestmark = pytest.mark.usefixtures("working_directory")
 
@@ -287,7 +284,7 @@ def test_a_tool_without_a_description_is_named(tokenizer: Any, tmp_path: Path) -
 # --- real text -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not REAL_TEXT.is_file(), reason=f"{REAL_TEXT} is missing")
+@needs_real_text
 def test_real_text_in_many_languages_is_unchanged(tokenizer: Any) -> None:
     rows = [json.loads(line) for line in REAL_TEXT.read_text(encoding="utf-8").splitlines()]
     splits = prepare(tokenizer, REAL_TEXT)
