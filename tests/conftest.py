@@ -86,6 +86,15 @@ def run_program(*arguments: str) -> int:
         sys.argv = before
 
 
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return the only message of a run that must end with status 2."""
+    capsys.readouterr()
+    assert run_program(*arguments) == 2
+    message = capsys.readouterr().err
+    assert message.count("error: ") == 1 and "Traceback" not in message, message
+    return message
+
+
 @cache
 def _freeze(_: int) -> None:
     gc.collect()

@@ -200,11 +200,6 @@ def expert_parameter(layer: int, name: str) -> str:
     return in_layer(layer, f"{EXPERTS}.{name}")
 
 
-def is_in_mlp(name: str) -> bool:
-    """Return whether a parameter belongs to the experts or the router of a layer."""
-    return f".{MLP}." in name
-
-
 def packed_names(name: str) -> tuple[str, str]:
     """Return the names of the blocks and scales that hold a stack of expert weights in the packed layout."""
     return name + BLOCKS_SUFFIX, name + SCALES_SUFFIX

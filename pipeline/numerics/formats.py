@@ -7,21 +7,17 @@ Consecutive values along the input dimension of a weight form a block, which has
 - OCP 8-bit Floating Point (OFP8) v1.0 for e4m3.
 """
 
-import math
 from dataclasses import dataclass, replace
 from enum import Enum
 
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Value of each 3-bit magnitude code of e2m1. Bit 3 of the 4-bit code is the sign."""
 
-E2M1_VALUES = E2M1_MAGNITUDES + tuple(-magnitude for magnitude in E2M1_MAGNITUDES)
-"""Value of each 4-bit code of e2m1."""
-
 E8M0_BIAS = 127
-E8M0_NAN = 255
+"""The value of a scale byte is 2^(byte - 127)."""
 
-E8M0_VALUES = (*(math.ldexp(1.0, byte - E8M0_BIAS) for byte in range(255)), math.nan)
-"""Value of each scale byte: 2^(byte - 127). Byte 255 is NaN."""
+E8M0_NAN = 255
+"""The scale byte that is NaN."""
 
 E8M0_LARGEST = 252
 """Byte of the largest scale that `encode` writes. FP32 and BF16 can hold 6 * 2^(252 - 127), but not twice as much."""

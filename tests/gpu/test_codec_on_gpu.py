@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from tensor_bits import INTEGERS, bits
 from torch import Tensor
 
 from pipeline.numerics.codec import CodecError, decode, encode, fake_quantize, tensor_scale
@@ -19,18 +20,12 @@ pytestmark = [
 ]
 
 RULES = {f"{name}-{rule}": row.with_rule(rule) for name, row in FORMATS.items() for rule in SCALE_RULES[row.scale_type]}
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
 TRAINED_TYPES = (torch.bfloat16, torch.float32)
 ORDERS = {
     "in_last": lambda values: values,
     "in_first": lambda values: values.transpose(-2, -1).contiguous().transpose(-2, -1),
 }
 MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-
-
-def bits(values: Tensor) -> Tensor:
-    values = values.cpu().contiguous()
-    return values.view(BITS.get(values.dtype, values.dtype))
 
 
 def to_gpu(values: Tensor) -> Tensor:
@@ -198,7 +193,7 @@ def test_ties_are_rounded_as_modelopts_kernel_does(largest: float, dtype: torch.
     """
     powers = torch.arange(-100.0, 101.0).exp2().unsqueeze(-1)
     midpoints = (torch.tensor([m for m in MIDPOINTS if m < largest]) * powers).to(dtype)
-    kind = BITS[dtype]
+    kind = INTEGERS[dtype]
     beside = [(midpoints.view(kind) + step).view(dtype) for step in (-1, 0, 1)]
     values = torch.zeros(len(powers), 32, dtype=dtype)
     values[:, :1] = (largest * powers).to(dtype)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SHORT, run_program
+from run_files import source_of
 from safetensors.torch import load_file
 
 from pipeline.checkpoints import shards
@@ -28,11 +29,6 @@ def figures_of(directory: Path, experts: int | None = None) -> dict[str, Any]:
         "shares": {size: int((largest == code).sum()) / len(largest) for code, size in enumerate(MAGNITUDES)},
         "scale_exponents": [int(scales.min()) - 127, int(scales.max()) - 127],
     }
-
-
-def source_of(run_dir: Path) -> Path:
-    (directory,) = (run_dir / "source").iterdir()
-    return directory
 
 
 def counted(directory: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from command_lines import Line, run
 from conftest import SHORT, linked, outcomes, run_program
+from run_files import source_of
 from test_processes import losses
 from test_sharding import launch_lines
 
@@ -28,11 +29,6 @@ def parts_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir: Path = tmp_path_factory.mktemp("parts") / "run"
     assert run_program("stage=all", f"run_dir={run_dir}", *SETTINGS) == 0
     return run_dir
-
-
-def source_of(run_dir: Path) -> Path:
-    (source,) = (run_dir / "source").iterdir()
-    return source
 
 
 @pytest.mark.parametrize("stage", ["sft", "export"])

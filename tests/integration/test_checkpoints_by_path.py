@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_files import source_of
 
 from pipeline import FORMATS, UserError, decode, encode, export_checkpoint, read_tensors, verify_checkpoint
 from pipeline.checkpoints.gpt_oss import expert_projections
@@ -18,8 +19,7 @@ from pipeline.runs.artifacts import BOOKKEEPING
 
 @pytest.fixture(scope="module")
 def base(smoke_run: Path) -> Path:
-    (directory,) = (smoke_run / "source").iterdir()
-    return directory
+    return source_of(smoke_run)
 
 
 Refusal = Callable[..., str]

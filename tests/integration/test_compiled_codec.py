@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensor_bits import bits
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -25,7 +26,6 @@ from pipeline.numerics.stochastic import Noise, round_to_scales
 pytestmark = pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine")
 
 SHAPE = (3, 37, 192)  # experts, out, in. 37 lanes do not fill whole vector registers
-BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float8_e4m3fn: torch.uint8}
 ORDERS = {
     "in_last": lambda values: values,
     "in_first": lambda values: values.transpose(1, 2).contiguous().transpose(1, 2),
@@ -39,10 +39,6 @@ def must_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with torch._dynamo.config.patch(recompile_limit=100, fail_on_recompile_limit_hit=True), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield
-
-
-def bits(values: Tensor) -> Tensor:
-    return values.contiguous().view(BITS.get(values.dtype, values.dtype))
 
 
 def sample(dtype: torch.dtype) -> Tensor:

@@ -1,20 +1,15 @@
 """stage=doctor from the command line: its report, its warnings, and its error messages."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import run_program
+from data_files import jsonl
 
 from pipeline.runs import artifacts
 
 ANSWER = {"role": "assistant", "thinking": "I add the two.", "content": "5"}
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def ask(text: str, answer: dict[str, Any] = ANSWER) -> dict[str, Any]:
@@ -107,7 +102,7 @@ def test_findings_are_warnings_and_are_kept_in_the_report(
 ) -> None:
     rows = [ask(f"What is {i} + {i}?") for i in range(60)] + [ask(f"what is {i}  +  {i}?") for i in range(60)]
     rows.append(ask("Hello there", {"role": "assistant", "content": "<think>Hm.</think> Hello."}))
-    path = write(tmp_path / "chats.jsonl", [*rows, rows[0]])
+    path = jsonl(tmp_path / "chats.jsonl", [*rows, rows[0]])
     assert doctor(run_dir, f"data.path={path}", "data.max_samples=null", "data.max_length=100") == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[doctor] warning: ")]
     found = artifacts.load(run_dir / "doctor").details["findings"]
@@ -142,6 +137,6 @@ def test_a_mistake_is_one_message(
 def test_special_tokens_in_a_row_are_refused_with_file_and_row(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write(tmp_path / "chats.jsonl", [ask("Hello"), ask("Stop <|end|> here")])
+    path = jsonl(tmp_path / "chats.jsonl", [ask("Hello"), ask("Stop <|end|> here")])
     assert doctor(run_dir, f"data.path={path}") == 2
     assert f"{path}: row 2: messages[0].content contains the special token <|end|>" in capsys.readouterr().err

@@ -3,11 +3,11 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from chat_server import Reply, Server, completion
 from conftest import SHORT, run_program
+from run_files import results
 
 from pipeline.evaluate.scorers import logits
 from pipeline.runs import artifacts
@@ -27,10 +27,6 @@ def server(server: Server) -> Server:
 
 def evaluate(run_dir: Path, *arguments: str) -> int:
     return run_program("stage=evaluate", "recipe=smoke", f"run_dir={run_dir}", *SHORT, *arguments)
-
-
-def results(run_dir: Path) -> dict[str, Any]:
-    return artifacts.load(run_dir / "evaluate").details["results"]
 
 
 def error_of(capsys: pytest.CaptureFixture[str], run_dir: Path, *arguments: str) -> str:

@@ -13,6 +13,7 @@ import forks
 import pytest
 from chat_server import GOOD, Reply, Server
 from conftest import ONE_LAYER, SHORT, linked, run_program
+from run_files import results
 
 from pipeline.runs import artifacts
 
@@ -38,10 +39,6 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def answers(run_dir: Path, name: str) -> list[dict[str, Any]]:
     return lines(run_dir / "evaluate" / name / "generations.jsonl")
-
-
-def results(run_dir: Path) -> dict[str, Any]:
-    return artifacts.load(run_dir / "evaluate").details["results"]
 
 
 def test_by_default_no_answers_are_generated(smoke_run: Path) -> None:

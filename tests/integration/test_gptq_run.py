@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ONE_LAYER, SHORT, linked, outcomes, quantized_runs, run_program
+from conftest import ONE_LAYER, SHORT, error_of, linked, outcomes, quantized_runs, run_program
 
 from pipeline.checkpoints.gpt_oss import expert_projections
 from pipeline.models import references
@@ -130,15 +130,6 @@ def test_auto_with_given_scales_writes_the_result_for_lora(lora_run: Path, tmp_p
 
 
 # Mistakes.
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Return the only message of a run that must end with status 2."""
-    capsys.readouterr()
-    assert run_program(*arguments) == 2
-    message = capsys.readouterr().err
-    assert message.count("error: ") == 1 and "Traceback" not in message, message
-    return message
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from run_files import read_files
 from save_quantized import save
 
 ROOT = Path(__file__).parents[2]
 SEED = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"  # another seed than that of this process
-
-
-def read_all(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def test_adapters_and_quantizers_are_saved_as_the_same_bytes_with_any_hash_seed(tmp_path: Path) -> None:
@@ -24,5 +21,5 @@ def test_adapters_and_quantizers_are_saved_as_the_same_bytes_with_any_hash_seed(
     with subprocess.Popen([sys.executable, script, str(there)], env=environment) as process:
         save(here)
     assert process.returncode == 0
-    assert {"modelopt_state.pth", "adapter_config.json", "adapter_model.safetensors"} == read_all(here).keys()
-    assert read_all(here) == read_all(there)
+    assert {"modelopt_state.pth", "adapter_config.json", "adapter_model.safetensors"} == read_files(here).keys()
+    assert read_files(here) == read_files(there)

@@ -16,6 +16,7 @@ import torch
 from conftest import SHORT, run_program
 from mutations import MUTATIONS, SQUARE, Mutation
 from mutations_of_layouts import OF_LAYOUT
+from run_files import source_of
 
 from pipeline import verify
 from pipeline.checkpoints.reading import Checkpoint
@@ -27,11 +28,6 @@ from pipeline.runs import artifacts
 from pipeline.verify.trained import TrainedModel
 
 ROOT = Path(__file__).parents[2]
-
-
-def source_of(run_dir: Path) -> Path:
-    (directory,) = (run_dir / "source").iterdir()
-    return directory
 
 
 class Run:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ONE_LAYER, SHORT, linked, outcomes, run_program
+from run_files import losses
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints import shards
@@ -18,7 +19,6 @@ from pipeline.models import loading, packed_experts, references
 from pipeline.numerics.codec import same_bits
 from pipeline.runs import artifacts, host_memory
 from pipeline.runs.artifacts import Kind
-from pipeline.runs.metrics import read_metrics
 
 SETTINGS = ("recipe=smoke_lora", *SHORT, *ONE_LAYER)
 IDS = torch.arange(60).reshape(2, 30)
@@ -31,11 +31,6 @@ def decoded(lora_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in ("upcast", "sft", "quantize", "qat"):
         assert run_program(f"stage={stage}", f"run_dir={run_dir}", *SETTINGS, "upcast.experts=bf16") == 0
     return run_dir
-
-
-def losses(run_dir: Path) -> list[float]:
-    lines = [line for stage in ("sft", "qat") for line in read_metrics(run_dir / stage)]
-    return [line[key] for line in lines for key in ("loss", "eval_loss") if key in line]
 
 
 def test_upcast_links_the_source_and_decodes_nothing(lora_run: Path) -> None:

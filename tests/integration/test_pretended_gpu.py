@@ -13,6 +13,7 @@ from typing import Any
 import forks
 import pytest
 from conftest import linked, outcomes, run_program
+from run_files import losses, results
 
 from pipeline.runs import artifacts
 from pipeline.runs.metrics import read_metrics
@@ -125,20 +126,10 @@ def answers(python: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs
     return run_both(python, tmp_path_factory.mktemp("answers"), ("all",), ANSWERS)
 
 
-def losses(run_dir: Path) -> list[float]:
-    """Return all losses of the stages that train, in order."""
-    lines = [line for stage in ("sft", "qat") for line in read_metrics(run_dir / stage)]
-    return [line[key] for line in lines for key in ("loss", "eval_loss") if key in line]
-
-
 def figures(run_dir: Path, names: tuple[str, ...]) -> dict[str, list[float]]:
     """Return figures from the metrics of the stages that train."""
     lines = [line for stage in ("sft", "qat") for line in read_metrics(run_dir / stage)]
     return {name: [line[name] for line in lines if name in line] for name in names}
-
-
-def results(run_dir: Path) -> dict[str, dict[str, float]]:
-    return artifacts.load(run_dir / "evaluate").details["results"]
 
 
 # On GPUs, TRL computes the loss with another kernel. This kernel adds in another order. Autocast on GPUs also keeps

@@ -9,6 +9,7 @@ import pytest
 from breaking import Break, change, drop, set_at, settings, tensors
 from conftest import SHORT, run_program
 from mutations import DOWN, GATE_UP, SINKS, swap_nibbles
+from run_files import source_of
 
 from pipeline.checkpoints.gpt_oss import expert_projections
 from pipeline.checkpoints.reading import Checkpoint
@@ -18,11 +19,6 @@ break_nibbles = change(f"{GATE_UP}_blocks", swap_nibbles)
 flip_one_bit = change(f"{DOWN}_blocks", set_at(7, 3, 1, 5, to=lambda byte: byte ^ 1))
 drop_sinks = drop(SINKS)
 WRONG = ["swapped nibbles", "one bit flipped", "no sinks", "another rope theta"]
-
-
-def source_of(smoke_run: Path) -> Path:
-    (directory,) = (smoke_run / "source").iterdir()
-    return directory
 
 
 def verify(smoke_run: Path, work: Path, export: Path, *more: str) -> int:

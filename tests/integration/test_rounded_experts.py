@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ONE_LAYER, SHORT, linked, outcomes, quantized_runs, run_program
+from conftest import ONE_LAYER, SHORT, error_of, linked, outcomes, quantized_runs, run_program
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints.gpt_oss import expert_projections, packed_names
@@ -207,15 +207,6 @@ def test_the_metrics_have_the_account_of_each_layer(quantized) -> None:
 
 
 # Mistakes.
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Return the only message of a run that must end with status 2."""
-    capsys.readouterr()
-    assert run_program(*arguments) == 2
-    message = capsys.readouterr().err
-    assert message.count("error: ") == 1 and "Traceback" not in message, message
-    return message
 
 
 @pytest.mark.parametrize("seed", ["abc", "1.5", "-1", "4294967296"])

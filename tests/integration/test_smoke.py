@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SHORT, outcomes, run_program
+from run_files import source_of
 
 from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.reading import Checkpoint
@@ -21,11 +22,6 @@ STAGES = [stage.name for stage in every_stage.STAGES]
 
 def metrics(run_dir: Path, stage: str) -> list[dict]:
     return [json.loads(line) for line in (run_dir / stage / "metrics.jsonl").read_text().splitlines()]
-
-
-def source_of(run_dir: Path) -> Path:
-    (directory,) = (run_dir / "source").iterdir()
-    return directory
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import SHORT, outcomes, run_program
 from data_files import REAL_TEXT, needs_real_text
+from run_files import source_of
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints.gpt_oss import QUANTIZATION_CONFIG
@@ -17,11 +18,6 @@ from pipeline.runs import artifacts
 from pipeline.runs.metrics import read_metrics
 
 GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
-
-
-def source_of(run_dir: Path) -> Path:
-    (directory,) = (run_dir / "source").iterdir()
-    return directory
 
 
 def change_weights(source: Path, target: Path, edit) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SHORT, linked, outcomes, run_program
+from run_files import source_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -59,11 +60,6 @@ def copy_run(run: Path, into: Path, *stages: str) -> Path:
     for name in ("source", *stages):
         shutil.copytree(run / name, into / name, symlinks=True)
     return into
-
-
-def source_of(run_dir: Path) -> Path:
-    (directory,) = (run_dir / "source").iterdir()
-    return directory
 
 
 def read_tensors(directory: Path) -> Tensors:

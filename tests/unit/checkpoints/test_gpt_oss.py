@@ -25,7 +25,6 @@ from pipeline.checkpoints.gpt_oss import (
     attention_projection,
     expert_parameter,
     expert_projections,
-    is_in_mlp,
     is_packed_name,
     other_tensors,
     packed_tensors,
@@ -210,11 +209,6 @@ def test_blocks_and_scales_are_recognized_by_their_names(shape: Shape) -> None:
     packed = {name for projection in expert_projections(shape) for name in projection.packed_tensors()}
     assert {name for name in packed_tensors(shape) if is_packed_name(name)} == packed
     assert not any(is_packed_name(name) for name in plain_tensors(shape))
-
-
-def test_the_mlp_consists_of_the_router_and_the_experts(shape: Shape) -> None:
-    inside = {name for name in plain_tensors(shape) if is_in_mlp(name)}
-    assert inside == {name for name in plain_tensors(shape) if "router" in name or "experts" in name}
 
 
 def test_transformers_has_the_class_of_decoder_layers() -> None:

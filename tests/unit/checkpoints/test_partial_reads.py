@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from run_files import weight_map_of
 from safetensors.torch import load_file, save_file
+from tensor_bits import as_bytes
 from torch import Tensor
 
 from pipeline.checkpoints.config_json import CONFIG
@@ -34,10 +36,6 @@ MOST_MEMORY = 1 << 28  # bytes, the most that reading a malicious header may all
 Header = dict[str, Any]
 
 
-def as_bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory: Path = tmp_path_factory.mktemp("partial") / "tiny"
@@ -49,10 +47,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(tiny: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint that a test may damage."""
     return Path(shutil.copytree(tiny, tmp_path / "copy"))
-
-
-def weight_map_of(directory: Path) -> dict[str, str]:
-    return json.loads((directory / INDEX).read_text())["weight_map"]
 
 
 def shard_of(directory: Path, name: str) -> Path:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from run_files import read_files, weight_map_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tensor_bits import random_bytes
 from torch import Tensor
 
 from pipeline.checkpoints.config_json import CONFIG
@@ -21,7 +23,6 @@ from pipeline.checkpoints.shards import INDEX, SINGLE, Piece, piece_in_one_step,
 from pipeline.config import TinyConfig
 from pipeline.errors import UserError
 from pipeline.models.tiny_model import create_tiny
-from pipeline.runs.artifacts import SHARDS_FILE
 
 SAFETENSORS_TYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
 EXPERTS = "model.layers.0.mlp.experts."
@@ -58,10 +59,6 @@ class Maker:
         return tensors
 
 
-def random_bytes(*shape: int) -> Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8)
-
-
 @pytest.fixture
 def maker() -> Maker:
     """Five pieces of 40, 40, 40, 100 and 10 bytes. With a limit of 80 bytes they fill four shards."""
@@ -82,11 +79,6 @@ FOUR_NAMES = [f"model-{number:05}-of-00004.safetensors" for number in (1, 2, 3, 
 
 def shards_in(directory: Path) -> dict[str, list[str]]:
     return {path.name: sorted(load_file(path)) for path in sorted(directory.glob("*.safetensors"))}
-
-
-def files_in(directory: Path) -> dict[str, bytes]:
-    """Read all files except the bookkeeping of an unfinished conversion."""
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name != SHARDS_FILE}
 
 
 def header_of(path: Path) -> dict[str, Any]:
@@ -163,13 +155,13 @@ def test_the_index_lists_every_tensor_once_and_the_total_size(tmp_path: Path, ma
 
 def test_only_shards_and_the_index_remain(tmp_path: Path, maker: Maker) -> None:
     write_sharded(tmp_path, maker.pieces, 80, "test")
-    assert sorted(files_in(tmp_path)) == sorted([*FOUR_NAMES, INDEX])
+    assert sorted(read_files(tmp_path)) == sorted([*FOUR_NAMES, INDEX])
 
 
 @pytest.mark.parametrize("missing", [[], [0], [1], [2], [0, 3], [0, 1, 2, 3]])
 def test_a_second_call_makes_only_tensors_of_missing_shards(missing: list[int], tmp_path: Path, maker: Maker) -> None:
     write_sharded(tmp_path, maker.pieces, 80, "test")
-    whole = files_in(tmp_path)
+    whole = read_files(tmp_path)
     for shard in missing:
         (tmp_path / FOUR_NAMES[shard]).rename(tmp_path / f"{FOUR_NAMES[shard]}.tmp")  # as after an interruption
     (tmp_path / INDEX).unlink()
@@ -177,16 +169,16 @@ def test_a_second_call_makes_only_tensors_of_missing_shards(missing: list[int], 
     assert write_sharded(tmp_path, maker.pieces, 80, "test").bytes == 230
     wanted = {name for shard in missing for name in FOUR_SHARDS[shard]}
     assert maker.made == [name for name in MADE if name in wanted]
-    assert files_in(tmp_path) == whole
+    assert read_files(tmp_path) == whole
 
 
 def test_a_longer_unfinished_shard_is_truncated(tmp_path: Path, maker: Maker) -> None:
     write_sharded(tmp_path, maker.pieces, 80, "test")
-    whole = files_in(tmp_path)
+    whole = read_files(tmp_path)
     (tmp_path / FOUR_NAMES[1]).unlink()
     (tmp_path / f"{FOUR_NAMES[1]}.tmp").write_bytes(b"\xff" * 5000)
     write_sharded(tmp_path, maker.pieces, 80, "test")
-    assert files_in(tmp_path) == whole
+    assert read_files(tmp_path) == whole
 
 
 @pytest.mark.parametrize("failing", ["first", "second", "fourth_blocks"])
@@ -208,7 +200,7 @@ def test_an_exception_leaves_only_whole_shards_and_the_next_call_resumes(
     other = tmp_path / "uninterrupted"
     other.mkdir()
     write_sharded(other, maker.pieces, 80, "test")
-    assert files_in(other) == {name: (tmp_path / name).read_bytes() for name in [*FOUR_NAMES, INDEX]}
+    assert read_files(other) == {name: (tmp_path / name).read_bytes() for name in [*FOUR_NAMES, INDEX]}
     assert sorted(path.name for path in tmp_path.glob("*.tmp")) == []
 
 
@@ -232,7 +224,7 @@ def test_too_little_disk_space_is_an_error_before_anything_is_made(
     with pytest.raises(UserError, match=f"{tmp_path}: needs .* MB, but the disk has"):
         write_sharded(tmp_path, maker.pieces, 80, "test")
     assert maker.made == []
-    assert files_in(tmp_path) == {}
+    assert read_files(tmp_path) == {}
 
 
 def test_only_missing_shards_need_disk_space(tmp_path: Path, maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +232,7 @@ def test_only_missing_shards_need_disk_space(tmp_path: Path, maker: Maker, monke
     (tmp_path / FOUR_NAMES[1]).unlink()
     monkeypatch.setattr("shutil.disk_usage", disk_with_free(40))
     write_sharded(tmp_path, maker.pieces, 80, "test")
-    assert sorted(files_in(tmp_path)) == sorted([*FOUR_NAMES, INDEX])
+    assert sorted(read_files(tmp_path)) == sorted([*FOUR_NAMES, INDEX])
 
 
 # Opening.
@@ -281,10 +273,6 @@ def only_problem(directory: Path) -> str:
     message = error_of(directory)
     assert "problems:" not in message, message
     return message
-
-
-def weight_map_of(directory: Path) -> dict[str, str]:
-    return json.loads((directory / INDEX).read_text())["weight_map"]
 
 
 def edit_index(directory: Path, **changes: str | None) -> None:

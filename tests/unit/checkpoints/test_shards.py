@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 import xxhash
+from run_files import read_files
 from safetensors import safe_open
+from tensor_bits import as_bytes, random_bytes
 from torch import Tensor
 
 from pipeline.checkpoints import direct_io, shards
@@ -27,14 +29,6 @@ TYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16", tor
 ONE_SHARD = "model-00001-of-00001.safetensors"
 THREADS = ("read", "write", "disk")
 LONG_ENOUGH = 20  # seconds that a thread waits for another one before the test fails
-
-
-def random_bytes(*shape: int) -> Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8)
-
-
-def as_bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def infos_of(tensors: dict[str, Tensor]) -> dict[str, TensorInfo]:
@@ -61,11 +55,6 @@ def raise_(error: BaseException) -> Any:
 
 def write(directory: Path, pieces: Iterable[Piece], shard_bytes: int = 10**6) -> Written:
     return write_sharded(directory, list(pieces), shard_bytes, "test")
-
-
-def files_in(directory: Path) -> dict[str, bytes]:
-    """Read all files except the bookkeeping of an unfinished conversion."""
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name != SHARDS_FILE}
 
 
 def shards_in(directory: Path) -> list[str]:
@@ -118,7 +107,7 @@ def test_parts_give_the_same_file_as_whole_tensors(rows: int, tmp_path: Path, te
     (tmp_path / "parts").mkdir()
     write(tmp_path / "whole", [piece_in_one_step(infos_of(tensors), lambda: tensors)])
     write(tmp_path / "parts", [in_parts(tensors, rows)])
-    assert files_in(tmp_path / "parts") == files_in(tmp_path / "whole")
+    assert read_files(tmp_path / "parts") == read_files(tmp_path / "whole")
     with safe_open(tmp_path / "parts" / ONE_SHARD, framework="pt") as file:
         assert {name: as_bytes(file.get_tensor(name)) for name in file.keys()} == {  # noqa: SIM118 - not a dict
             name: as_bytes(tensor) for name, tensor in tensors.items()
@@ -250,7 +239,7 @@ def test_a_resumed_conversion_has_the_digests_of_an_uninterrupted_one(
     one, other = (write(tmp_path / name, pieces_of(stacks), STACK_BYTES) for name in ("whole", "resumed"))
     assert one == other
     assert (other.files, other.tensors) == expected_digests(tmp_path / "resumed")
-    assert files_in(tmp_path / "resumed") == files_in(tmp_path / "whole")
+    assert read_files(tmp_path / "resumed") == read_files(tmp_path / "whole")
 
 
 def test_notes_come_in_the_order_of_the_pieces_without_those_that_are_none(tmp_path: Path) -> None:

@@ -3,16 +3,13 @@
 from pathlib import Path
 
 import pytest
+from run_files import read_files
 
 from pipeline.config import TinyConfig
 from pipeline.errors import UserError
 from pipeline.models import tiny_model, tiny_tokenizer
 
 SMALL = TinyConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=64, num_local_experts=5, head_dim=6)
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.mark.parametrize("values", [1, 3000])
@@ -22,7 +19,7 @@ def test_a_model_made_in_small_steps_has_the_same_bytes(
     tiny_model.create_tiny(tmp_path / "whole", SMALL)
     monkeypatch.setattr(tiny_model, "_STEP_VALUES", values)
     tiny_model.create_tiny(tmp_path / "parts", SMALL)
-    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    assert read_files(tmp_path / "parts") == read_files(tmp_path / "whole")
 
 
 def test_a_vocabulary_that_is_missing_or_too_small_is_refused(tmp_path: Path) -> None:

@@ -11,27 +11,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from tensor_bits import E2M1_VALUES, E8M0_VALUES, INTEGERS, assert_same_bits, bits
 from torch import Tensor
 
 from pipeline.numerics.codec import CodecError, decode, encode, fake_quantize, tensor_scale
-from pipeline.numerics.formats import E2M1_VALUES, E8M0_VALUES, FORMATS, MXFP4, BlockFormat
+from pipeline.numerics.formats import FORMATS, MXFP4, BlockFormat
 
 MAGNITUDES = (0, Fraction(1, 2), 1, Fraction(3, 2), 2, 3, 4, 6)
 MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 EVEN_CODES = (0, 2, 2, 4, 4, 6, 6)  # for each midpoint, the neighbouring code whose last bit is 0
 LARGEST_SCALE = 252  # the largest value is 6 * 2^(252 - 127), which BF16 and FP32 can represent. Byte 253 gives Inf
 
-BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 TRAINED_TYPES = (torch.bfloat16, torch.float32)
-
-
-def bits(values: Tensor) -> Tensor:
-    return values.contiguous().view(BITS[values.dtype])
-
-
-def assert_same_bits(found: Tensor, expected: Tensor) -> None:
-    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-    assert torch.equal(bits(found), bits(expected))
 
 
 def assert_same_bytes(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -225,7 +216,7 @@ def test_values_that_would_round_to_2_to_128_become_the_largest_finite_value(dty
 def test_subnormal_blocks_round_to_nearest_with_the_smallest_scale(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     above = bits(torch.tensor(2.0**-126, dtype=dtype)).item()  # the smallest normal number
-    magnitudes = torch.randint(0, int(above), (64, 32), generator=generator, dtype=BITS[dtype]).view(dtype)
+    magnitudes = torch.randint(0, int(above), (64, 32), generator=generator, dtype=INTEGERS[dtype]).view(dtype)
     values = torch.where(torch.rand(64, 32, generator=generator) < 0.5, magnitudes, -magnitudes)
     blocks, scales = encode(values, MXFP4)
     assert scales.flatten().tolist() == [0] * 64

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from tensor_bits import assert_same_bits, bits
 from torch import Tensor
 
 from pipeline.numerics.codec import CodecError, decode, encode, fake_quantize, tensor_scale
@@ -19,19 +20,9 @@ from pipeline.numerics.formats import E2M1_MAGNITUDES, MXFP4, NVFP4, NVFP4_W4A4,
 
 MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 EVEN_CODES = (0, 2, 2, 4, 4, 6, 6)  # for each midpoint, the neighbouring code whose last bit is 0
-BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 TRAINED_TYPES = (torch.bfloat16, torch.float32)
 E4M3 = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 """All finite, non-negative e4m3 values. The value of byte i has index i."""
-
-
-def bits(values: Tensor) -> Tensor:
-    return values.contiguous().view(BITS[values.dtype])
-
-
-def assert_same_bits(found: Tensor, expected: Tensor) -> None:
-    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-    assert torch.equal(bits(found), bits(expected))
 
 
 def codes_of(blocks: Tensor) -> Tensor:

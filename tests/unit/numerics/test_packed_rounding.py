@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensor_bits import bits
 from torch import Tensor
 
 from pipeline.numerics import slabs, stacks
@@ -34,10 +35,6 @@ def factors(size: float = 0.01) -> tuple[Tensor, Tensor, float]:
     generator = torch.Generator().manual_seed(1)
     a, b = torch.randn(EXPERTS, IN, RANK, generator=generator), torch.randn(EXPERTS, RANK, OUT, generator=generator)
     return size * a, size * b, 1.5
-
-
-def bits(values: Tensor) -> Tensor:
-    return values.contiguous().view({torch.float32: torch.int32, torch.bfloat16: torch.int16}[values.dtype])
 
 
 @pytest.fixture

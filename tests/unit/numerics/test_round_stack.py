@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tensor_bits import bits
 from torch import Tensor
 
 from pipeline.numerics import slabs
@@ -15,7 +16,6 @@ from pipeline.numerics.codec import CodecError, fake_quantize, tensor_scale
 from pipeline.numerics.formats import FORMATS, MXFP4, NVFP4, SCALE_RULES, BlockFormat
 from pipeline.numerics.stacks import round_stack
 
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 RULES = {f"{name}-{rule}": row.with_rule(rule) for name, row in FORMATS.items() for rule in SCALE_RULES[row.scale_type]}
 SHAPE = (3, 40, 96)  # experts, out, in
 ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -35,10 +35,6 @@ def sample(dtype: torch.dtype) -> Tensor:
     return values
 
 
-def bits(values: Tensor) -> Tensor:
-    return values.contiguous().view(BITS[values.dtype])
-
-
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Let the codec work as on a GPU with a compiler. The returned list collects the inputs of `round_stack`."""
@@ -54,7 +50,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", BITS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block_format", RULES.values(), ids=RULES)
 def test_a_whole_stack_has_the_bits_and_the_memory_order_of_slabs(
     block_format: BlockFormat, dtype: torch.dtype, order: str, request: pytest.FixtureRequest

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from tensor_bits import E8M0_VALUES, assert_same_bits, bits
 from torch import Tensor
 
 from pipeline.numerics import scales as scale_arithmetic
@@ -21,7 +22,6 @@ from pipeline.numerics import slabs
 from pipeline.numerics.codec import decode, encode, fake_quantize, tensor_scale
 from pipeline.numerics.formats import (
     E2M1_MAGNITUDES,
-    E8M0_VALUES,
     FORMATS,
     MXFP4,
     NVFP4,
@@ -39,17 +39,7 @@ LARGEST_E8M0 = 252
 E4M3 = [Fraction(float(v)) for v in np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)]
 """Every finite, non-negative e4m3 value, by byte."""
 
-BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 TRAINED_TYPES = (torch.bfloat16, torch.float32)
-
-
-def bits(values: Tensor) -> Tensor:
-    return values.contiguous().view(BITS[values.dtype])
-
-
-def assert_same_bits(found: Tensor, expected: Tensor) -> None:
-    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-    assert torch.equal(bits(found), bits(expected))
 
 
 def random_values(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, binades: int = 10) -> Tensor:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from tensor_bits import E2M1_VALUES
 from torch import Tensor
 
 from pipeline.numerics import slabs
 from pipeline.numerics.codec import CodecError, decode, encode, fake_quantize, same_bits, tensor_scale
-from pipeline.numerics.formats import E2M1_MAGNITUDES, E2M1_VALUES, FORMATS, MXFP4, NVFP4, SCALE_RULES, BlockFormat
+from pipeline.numerics.formats import E2M1_MAGNITUDES, FORMATS, MXFP4, NVFP4, SCALE_RULES, BlockFormat
 from pipeline.numerics.stochastic import Noise, Rounded, round_to_scales
 
 NOISE = Noise.of(42, "model.layers.0.mlp.experts.gate_up_proj")

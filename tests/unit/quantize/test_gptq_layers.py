@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_files import read_files
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -60,8 +61,8 @@ def whole(base: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -
     directory = tmp_path_factory.mktemp("whole")
     run(job(base, trained), directory)
     names = [f"layer-{layer:03}.{ending}" for layer in range(3) for ending in ("safetensors", "xxh3")]
-    assert sorted(files(directory)) == names
-    return files(directory)
+    assert sorted(read_files(directory)) == names
+    return read_files(directory)
 
 
 def edited(base: Path, directory: Path, part: str, edit: Callable[[Tensor], Tensor]) -> Path:
@@ -89,10 +90,6 @@ def run(
     work: Job, directory: Path, settings: GptqSettings = ANY_TOKENS, lengths: tuple[int, ...] = LENGTHS
 ) -> codes.LayerCodes:
     return round_layers(work, settings, batches(lengths), "eager", directory, 0)
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def test_hessians_are_those_of_the_tokens_in_the_rounded_model(
@@ -198,7 +195,7 @@ def test_the_experts_at_once_change_no_bit(
     work = job(base, trained)
     monkeypatch.setitem(gptq._GROUP_BYTES, "cpu", limit)
     run(work, tmp_path / "several")
-    assert max(sizes) < EXPERTS and whole == files(tmp_path / "several")
+    assert max(sizes) < EXPERTS and whole == read_files(tmp_path / "several")
 
 
 def interrupt_at(write: int, patched: pytest.MonkeyPatch) -> None:
@@ -227,7 +224,7 @@ def test_a_run_interrupted_at_each_file_in_turn_ends_with_the_bytes_of_an_uninte
     started = counted_layers(monkeypatch)
     run(work, tmp_path / "resumed")
     assert started == [2]
-    assert whole == files(tmp_path / "resumed")
+    assert whole == read_files(tmp_path / "resumed")
 
 
 def test_a_resumed_run_rounds_only_the_layers_that_are_missing(
@@ -240,7 +237,7 @@ def test_a_resumed_run_rounds_only_the_layers_that_are_missing(
     started = counted_layers(monkeypatch)
     run(work, tmp_path / "resumed")
     assert len(started) == 2
-    assert whole == files(tmp_path / "resumed")
+    assert whole == read_files(tmp_path / "resumed")
 
 
 @pytest.mark.parametrize("name", ["layer-001.safetensors", "layer-001.xxh3", "states-001.safetensors"])
@@ -268,7 +265,7 @@ def test_a_damaged_layer_is_made_again(
     content[-1] ^= 1
     path.write_bytes(content)
     run(work, tmp_path / "resumed")
-    assert whole == files(tmp_path / "resumed")
+    assert whole == read_files(tmp_path / "resumed")
     assert f"{path.with_suffix('.safetensors')}: differs from what was written" in capsys.readouterr().err
 
 
