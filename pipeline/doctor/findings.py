@@ -87,11 +87,12 @@ def _other_rendering(facts: Facts) -> list[str]:
         return []
     (other,) = (form.name for form in RenderingForm if form.name != found["form"])
     parts = ", ".join(f"{part} in {rows}" for part, rows in found["parts"].items())
+    kinds = f" Parts that may differ, with their rows: {parts}." if parts else ""
     return [
         f"rows that have other tokens with data.rendering={other}: {found['differ']} of {found['compared']}"
-        f" ({_and_more(found['first'], found['differ'])}; {parts}). data.rendering={found['form']} gives the tokens of"
-        f" {', '.join(engines_that_render(found['form']))}; {other} those of {', '.join(engines_that_render(other))}."
-        " Choose the one of your engine."
+        f" ({_and_more(found['first'], found['differ'])}).{kinds} data.rendering={found['form']} gives the tokens of"
+        f" {', '.join(engines_that_render(found['form']))}. data.rendering={other} gives the tokens of"
+        f" {', '.join(engines_that_render(other))}. Choose the one of your engine."
     ]
 
 

@@ -472,9 +472,19 @@ def test_rows_that_engines_see_otherwise_are_a_finding_with_the_engines(found: F
     changes = {"differ": 5, "parts": {"calls": 5, "results": 4}, "first": ["rows.jsonl: row 7"]}
     (message,) = found(**{f"data__rendering__{key}": value for key, value in changes.items()})
     assert "other tokens with data.rendering=template: 5 of 400 (rows.jsonl: row 7" in message
-    assert "calls in 5, results in 4" in message
+    assert "(rows.jsonl: row 7, …). Parts that may differ, with their rows: calls in 5, results in 4." in message
     assert "harmony gives the tokens of openai, vllm (0.17 or newer), sglang (/v1/responses, if there are" in message
-    assert "tensorrt_llm (if there are instructions or tools); template those" in message
+    assert "tensorrt_llm (if there are instructions or tools). data.rendering=template gives the tokens of" in message
+
+
+@pytest.mark.parametrize("parts", [{}, {"calls": 1}])
+@pytest.mark.parametrize("differ", [1, 2])
+def test_a_finding_about_renderings_has_no_empty_part(found: Found, differ: int, parts: dict[str, int]) -> None:
+    changes = {"differ": differ, "parts": parts, "first": ["rows.jsonl: row 7"]}
+    (message,) = found(**{f"data__rendering__{key}": value for key, value in changes.items()})
+    assert f"(rows.jsonl: row 7{', …' if differ == 2 else ''}). " in message
+    assert ("Parts that may differ" in message) == bool(parts)
+    assert "; )" not in message and "  " not in message and ": ." not in message
 
 
 def test_a_first_line_that_chat_apis_do_not_write_is_a_finding_with_the_ways_to_set_it(found: Found) -> None:
