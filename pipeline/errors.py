@@ -5,14 +5,16 @@ A mistake of the user exits with 2. A failed check, or a machine that cannot do 
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 MOST_PROBLEMS = 8
 """Number of problems that a long list shows. The rest are counted."""
 
-_MOST_PLACES = 3  # rows that are named of a group with the same problem
+_SHOWN = 3
+"""Number of names that a list within a message shows. The rest are counted."""
+
 _NUMBER = re.compile(r"\d+")
 _Result = TypeVar("_Result")
 _PLURALS = {"has": " have", "begins": " begin", "is": ": each is"}
@@ -109,7 +111,7 @@ class _Group:
         self.count += 1
         self.is_one_file = self.is_one_file and _split_place(where)[0] == _split_place(self.places[0])[0]
         self.has_one_reason = self.has_one_reason and reason == self.reason
-        if len(self.places) < _MOST_PLACES:
+        if len(self.places) < _SHOWN:
             self.places.append(where)
 
     def __str__(self) -> str:
@@ -117,8 +119,8 @@ class _Group:
             return f"{self.places[0]}: {self.reason}."
         file, _ = _split_place(self.places[0])
         places = [_split_place(where)[1] for where in self.places] if self.is_one_file else self.places
-        rest = self.count - len(places)
-        shown = f"{', '.join(places)} and {rest} more" if rest else f"{', '.join(places[:-1])} and {places[-1]}"
+        is_complete = self.count == len(places)
+        shown = f"{', '.join(places[:-1])} and {places[-1]}" if is_complete else list_first(places, total=self.count)
         rows = f"{f'{file}: ' if self.is_one_file and file else ''}{self.count} rows ({shown})"
         if not self.has_one_reason:
             return f"{rows} have {self.kind} problems. The first: {self.reason}."
@@ -135,7 +137,24 @@ def _split_place(where: str) -> tuple[str, str]:
 def at_most(problems: list[str], most: int = MOST_PROBLEMS) -> list[str]:
     """List the first problems, and count the rest in a last line."""
     rest = len(problems) - most
-    return [*problems[:most], f"and {rest} more"] if rest > 0 else problems
+    return [*problems[:most], _more(rest)] if rest > 0 else problems
+
+
+def list_first(names: Sequence[str], most: int = _SHOWN, total: int | None = None) -> str:
+    """List the first names, and count the rest: `a, b, c and 2 more`.
+
+    Args:
+        names: all names, or at least the first `most`.
+        most: number of names that are listed.
+        total: number of all names, if `names` has only some of them.
+    """
+    shown = ", ".join(names[:most])
+    rest = (len(names) if total is None else total) - len(names[:most])
+    return f"{shown} {_more(rest)}" if rest > 0 else shown
+
+
+def _more(count: int) -> str:
+    return f"and {count} more"
 
 
 def user_errors(problems: list[str], most: int | None = None) -> UserError:

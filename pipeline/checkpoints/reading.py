@@ -28,8 +28,8 @@ from pipeline.checkpoints.recognition import (
     raise_if_other_layout,
 )
 from pipeline.checkpoints.shards import INDEX
-from pipeline.checkpoints.weight_files import data_offsets, list_first, stored_files
-from pipeline.errors import MOST_PROBLEMS, UserError, user_errors
+from pipeline.checkpoints.weight_files import data_offsets, stored_files
+from pipeline.errors import MOST_PROBLEMS, UserError, list_first, user_errors
 from pipeline.numerics.codec import decode
 from pipeline.numerics.formats import MXFP4
 

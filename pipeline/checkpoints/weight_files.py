@@ -12,17 +12,10 @@ from pipeline.checkpoints.gpt_oss import TensorInfo
 from pipeline.checkpoints.recognition import describe_weights, is_lfs_pointer, is_stale_index
 from pipeline.checkpoints.shards import INDEX, SINGLE
 from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
-from pipeline.errors import MOST_PROBLEMS, UserError, user_errors
+from pipeline.errors import MOST_PROBLEMS, UserError, list_first, user_errors
 from pipeline.runs.foreign_files import parse_json, raise_if_irregular, read_json
 
-_SHOWN = 3  # names that a problem lists
 _MOST_HEADER_BYTES = 1 << 24  # the headers of the released models have less than 64 KiB
-
-
-def list_first(names: list[str]) -> str:
-    """List the first names, and count the rest."""
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def stored_files(directory: Path) -> dict[str, dict[str, TensorInfo]]:
@@ -87,7 +80,7 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
         raise UserError(f"{path}: not a readable index (weight_map is {weight_map!r:.100}). Fetch it again.")
     outside = sorted({str(f) for f in weight_map.values() if not isinstance(f, str) or Path(f).name != f})
     if outside:
-        raise UserError(f"{path}: names files outside its directory: {', '.join(outside[:3])}.")
+        raise UserError(f"{path}: names files outside its directory: {list_first(outside)}.")
     return weight_map
 
 
@@ -125,7 +118,7 @@ def data_offsets(path: Path) -> dict[str, int]:
             raise UserError(f"{path}: its header is damaged ({error}). Fetch it again.") from error
     twice = sorted(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
     if twice:
-        raise UserError(f"{path}: holds {', '.join(twice[:3])} twice. Fetch it again.")
+        raise UserError(f"{path}: holds {list_first(twice)} twice. Fetch it again.")
     return {name: 8 + length + dict(entry)["data_offsets"][0] for name, entry in pairs if name != "__metadata__"}
 
 

@@ -23,8 +23,9 @@ from pipeline.runs.artifacts import (
     UNFINISHED_FILE,
     Artifact,
 )
-from pipeline.runs.commands import run_command
+from pipeline.runs.commands import advise, run_command
 from pipeline.runs.exports import Export
+from pipeline.runs.paths import absolute
 from pipeline.runs.run import Run
 
 _EVALUATE = Stage.evaluate.name
@@ -76,7 +77,7 @@ class EvaluatedRun:
             return None if export is None else export.artifact.directory
         if (self.directory / stage / ARTIFACT_FILE).is_file():
             return self.directory / stage
-        shared = None if self._shared is None else Path(self._shared).expanduser().absolute() / stage
+        shared = None if self._shared is None else absolute(self._shared) / stage
         if shared is None or not (shared / ARTIFACT_FILE).is_file():
             return None
         fingerprint = artifacts.load(shared, check_files=False).fingerprint
@@ -118,7 +119,7 @@ class EvaluatedRun:
     @cached_property
     def _all_exports(self) -> dict[str, Export]:
         own = exports.by_name(self.directory)
-        return own if own or self._shared is None else exports.by_name(Path(self._shared).expanduser().absolute())
+        return own if own or self._shared is None else exports.by_name(absolute(self._shared))
 
     @cached_property
     def _shared(self) -> str | None:
@@ -201,7 +202,7 @@ def find(patterns: list[str]) -> list[EvaluatedRun]:
 
 
 def _directories(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser().absolute()
+    path = absolute(pattern)
     matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path)))]
     return [match.parent if match.name == _EVALUATE else match for match in map(Path.resolve, matches)]
 
@@ -214,7 +215,7 @@ def _directory_problem(directory: Path) -> str | None:
     if (evaluate / UNFINISHED_FILE).is_file():
         return f"{evaluate}: the evaluation is unfinished. Run it again: {_command(directory)}"
     if directory.is_dir() and any((directory / stage.name / ARTIFACT_FILE).is_file() for stage in Stage):
-        return f"{directory}: the run was not evaluated. Run first: {_command(directory)}"
+        return f"{directory}: the run was not evaluated. {advise(_command(directory))}"
     return f"{directory}: not the directory of a run, because no stage in it is complete. Give a run_dir."
 
 

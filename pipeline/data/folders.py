@@ -5,13 +5,12 @@ from pathlib import Path
 
 from pipeline.config.hub_ids import DATA_SUFFIXES
 from pipeline.data.files import KINDS, SPLIT_OF
-from pipeline.errors import MOST_PROBLEMS, UserError, user_errors
+from pipeline.errors import MOST_PROBLEMS, UserError, list_first, user_errors
 from pipeline.runs.console import say, warn
 from pipeline.runs.foreign_files import list_irregular
 
 _TOGETHER = (".jsonl", ".parquet")  # files of these two formats are read together
 _NO_ROWS = ("dataset_infos.json",)  # describes a data set on the Hub
-_SHOWN = 5
 
 
 def choose_files(key: str, folder: Path, split: str) -> list[Path]:
@@ -39,11 +38,14 @@ def choose_files(key: str, folder: Path, split: str) -> list[Path]:
     kinds = sorted({p.suffix.lower() for p in chosen} - {*_TOGETHER})
     if len(kinds) > 1:
         raise UserError(
-            f"{key}.path={folder}: holds files of several formats ({', '.join(p.name for p in chosen[:_SHOWN])}). Give"
+            f"{key}.path={folder}: holds files of several formats ({_list(chosen)}). Give"
             f" one file, such as {key}.path={chosen[0]}, or move the other files away."
         )
-    if others := [p.name for p in known if p not in chosen]:
-        warn("data", f"{key}.path={folder}: only the {' and '.join(_TOGETHER)} files are read, not {_list(others)}")
+    if others := [path for path in known if path not in chosen]:
+        warn(
+            "data",
+            f"{key}.path={folder}: only the {' and '.join(_TOGETHER)} files are read, not {_list(others)}",
+        )
     return _of_split(key, folder, split, chosen)
 
 
@@ -59,8 +61,11 @@ def _of_split(key: str, folder: Path, split: str, files: list[Path]) -> list[Pat
             f"{key}.split={split}: {folder} has only {' and '.join(splits)}, by the names of its files. Set"
             f" {key}.split={splits[0]}, or give a file, such as {key}.path={files[0]}."
         )
-    if others := [path.name for path in files if path not in chosen]:
-        say("data", f"{key}.split={split}: {_list([p.name for p in chosen])} of {folder}, and not {_list(others)}")
+    if others := [path for path in files if path not in chosen]:
+        say(
+            "data",
+            f"{key}.split={split}: {_list(chosen)} of {folder}, and not {_list(others)}",
+        )
     return chosen
 
 
@@ -77,6 +82,5 @@ def _advice(key: str, folder: Path) -> str:
     return f" The path must be {KINDS}."
 
 
-def _list(names: list[str]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+def _list(files: list[Path]) -> str:
+    return list_first([path.name for path in files], most=5)

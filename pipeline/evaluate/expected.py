@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 
 from pipeline.config.languages import NAMES, code_of
-from pipeline.errors import MOST_PROBLEMS, did_you_mean, user_errors
+from pipeline.errors import MOST_PROBLEMS, did_you_mean, list_first, user_errors
 from pipeline.evaluate.transcripts import Transcript
 
 SAFE, UNSAFE = "safe", "unsafe"
@@ -28,8 +28,7 @@ def check(expected: Iterable[tuple[str, Mapping[str, str]]]) -> None:
             if KEYS[key](values[key]) is not None:
                 prompts.setdefault((key, values[key]), []).append(prompt_id)
     found = [
-        f"expected {key} {value!r} of prompt {ids[0]}{f' and {len(ids) - 1} more' if ids[1:] else ''}:"
-        f" {KEYS[key](value)}"
+        f"expected {key} {value!r} of prompt {list_first(ids, most=1)}: {KEYS[key](value)}"
         for (key, value), ids in sorted(prompts.items())
     ]
     if found:

@@ -26,6 +26,7 @@ from pipeline.models.weights import Weights
 from pipeline.numerics.formats import FORMATS, SCALE_RULES, BlockFormat
 from pipeline.runs import durable, other_libraries
 from pipeline.runs.artifacts import SHARDS_FILE
+from pipeline.runs.paths import absolute
 from pipeline.verify import Check, check_against_base
 
 Directory = str | PathLike[str]
@@ -95,7 +96,7 @@ def export_checkpoint(
             format, or a weight is NaN or Inf.
     """
     other_libraries.silence()
-    directory = Path(out).expanduser().absolute()
+    directory = absolute(out)
     _raise_if_wrong(target, format, scale_rule, device, directory)
     source = _existing(base, "base")
     Checkpoint(source).close()
@@ -159,7 +160,7 @@ def verify_checkpoint(checkpoint: Directory, reference: Directory, model: Direct
 
 
 def _existing(path: Directory, name: str) -> Path:
-    directory = Path(path).expanduser().absolute()
+    directory = absolute(path)
     if not directory.is_dir():
         raise UserError(f"{name}={str(path)!r}: no such directory.")
     return directory

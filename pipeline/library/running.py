@@ -15,6 +15,7 @@ from pipeline.errors import UserError, user_errors
 from pipeline.runs import allocator, present, taken_settings
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.job import run_job
+from pipeline.runs.paths import absolute
 
 _one_at_a_time = threading.RLock()
 
@@ -98,7 +99,7 @@ def _problem(override: str, given: dict[str, str]) -> str | None:
 
 
 def _config_dir(path: str | PathLike[str]) -> Path:
-    directory = Path(path).expanduser().absolute()
+    directory = absolute(path)
     if not directory.is_dir():
         raise UserError(f"config_dir={str(path)!r}: no such directory.")
     return directory

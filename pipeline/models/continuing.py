@@ -9,6 +9,7 @@ from pipeline.errors import UserError
 from pipeline.models import references
 from pipeline.models.references import ModelRef
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, load
+from pipeline.runs.paths import absolute
 from pipeline.runs.run import Run
 from pipeline.runs.settings import choose_settings
 
@@ -56,7 +57,7 @@ def relative_path(start: Path, run_dir: Path) -> str:
 
 
 def _load(run: Run, start: str) -> Artifact:
-    directory = Path(start).expanduser().absolute()
+    directory = absolute(start)
     if not (directory / ARTIFACT_FILE).is_file():
         raise UserError(
             f"sft.start={start}: not a complete stage. Give the directory of a complete sft stage, such as"

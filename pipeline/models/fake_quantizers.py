@@ -23,7 +23,7 @@ from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 from torch import Tensor, nn
 
 from pipeline.checkpoints.gpt_oss import EXPERT_PATTERN, EXPERT_WEIGHTS, expert_parameter
-from pipeline.errors import CheckFailed, UserError
+from pipeline.errors import CheckFailed, UserError, list_first
 from pipeline.models import quantizer_backend
 from pipeline.models.adapted_names import is_wrapped, parameter_name
 from pipeline.models.adapters import base_of
@@ -296,7 +296,7 @@ def count(model: nn.Module, block_format: BlockFormat) -> int:
     if wrong:
         raise CheckFailed(
             f"fake quantization: {len(found)} quantizers are enabled, expected {len(expected)} on the experts in"
-            f" {block_format.name}, scale_rule={block_format.scale_rule}; wrong: {', '.join(wrong[:6])}"
+            f" {block_format.name}, scale_rule={block_format.scale_rule}; wrong: {list_first(wrong, most=6)}"
         )
     return len(found)
 

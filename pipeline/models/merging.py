@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.checkpoints.dtypes import dtype_name
 from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS
 from pipeline.checkpoints.side_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from pipeline.errors import UserError
+from pipeline.errors import UserError, list_first
 from pipeline.models.adapted_names import parameter_name
 from pipeline.models.adapters import factors_of
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _ADAPTER = "default"
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of factors that are merged."""
-_SHOWN = 3  # names that a message lists
 
 
 class Merger:
@@ -115,7 +114,7 @@ class Merger:
         whole = {parameter_name(key): tensor for key, tensor in weights.items()}
         file = self._directory / ADAPTER_WEIGHTS
         if unknown := sorted(whole.keys() - shapes.keys()):
-            raise UserError(f"{file}: tensors belong to no adapter: {', '.join(unknown[:_SHOWN])}.")
+            raise UserError(f"{file}: tensors belong to no adapter: {list_first(unknown)}.")
         for name, tensor in whole.items():
             if tensor.shape != shapes[name]:
                 raise UserError(

@@ -25,6 +25,7 @@ from pipeline.numerics.formats import FORMATS, BlockFormat
 from pipeline.runs import controls, exports, parts, passing_over
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, Kind, load
 from pipeline.runs.console import warn
+from pipeline.runs.paths import absolute
 from pipeline.runs.records import ModelRecord
 from pipeline.runs.run import Run
 from pipeline.runs.up_to_date import say_if_needed
@@ -124,7 +125,7 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
     if is_own_name(source):  # a directory with such a name must be given as ./<name>
         first, _, target = source.partition("/")
         return export_ref(run, target) if target else stage_ref(run, Stage[first])
-    directory = run.directory / source if is_control(source) else parts.resolve(Path(source).expanduser().absolute())
+    directory = run.directory / source if is_control(source) else parts.resolve(absolute(source))
     if not directory.is_dir():
         raise UserError(f"{key}={source}: no control of {run.directory} has this model.")
     if foreign_adapters.holds_adapters(directory):
@@ -211,7 +212,7 @@ def source_problem(run: Run, source: str, among: tuple[Stage, ...], key: str) ->
         stages = ", ".join(stage.name for stage in among)
         is_possible = Stage[source.partition("/")[0]] in among
         return None if is_possible else f"{key}={source}: must be one of {stages}, or a directory."
-    directory = Path(source).expanduser().absolute()
+    directory = absolute(source)
     if is_control(source) or directory.is_dir():
         return None
     if directory.is_file():

@@ -15,6 +15,7 @@ from pipeline.config.hub_ids import is_hub_id
 from pipeline.errors import UserError
 from pipeline.models import demo_model, tiny_model
 from pipeline.runs.console import say
+from pipeline.runs.paths import absolute
 from pipeline.runs.processes import is_main_process, wait_for_everyone
 from pipeline.runs.run import SOURCE_DIR, Run
 from pipeline.runs.up_to_date import say_if_needed
@@ -89,7 +90,7 @@ def base_directory(run: Run, model: ModelConfig, hub_files: list[str] = _HUB_FIL
     """Return the model's directory. Download `hub_files` if the path is a hub id, or make the synthetic model."""
     if model.path.startswith(SYNTHETIC):
         return _make_synthetic(run, model)
-    directory = Path(model.path).expanduser().absolute()
+    directory = absolute(model.path)
     if directory.exists() or not is_hub_id(model.path):
         return directory
     return _fetch(model.path, model.revision, hub_files)

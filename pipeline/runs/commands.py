@@ -13,6 +13,7 @@ from pipeline.config.overrides import assignment, belongs_to_run, by_key, key_of
 from pipeline.config.pipeline import CONTROLS
 from pipeline.config.secrets import has_secret
 from pipeline.runs import launches, own_settings
+from pipeline.runs.paths import absolute
 from pipeline.runs.settings import choose_settings
 
 _CHOOSES_PLACE = ("stage", "run_dir", "overwrite")
@@ -149,7 +150,7 @@ def run_command(stage: Stage, run_dir: str, *overrides: str, recipe: str = Pipel
 
     It names the settings that the run has not recorded itself. A stage of a control is run by `stage=controls`.
     """
-    if _is_control(_absolute(run_dir)):
+    if _is_control(absolute(run_dir)):
         return _command_of_control(stage, Path(run_dir), overrides, recipe)
     needed = _needed(run_dir)
     if needed is None:
@@ -189,7 +190,7 @@ def rebuild_command(directory: Path) -> str | None:
     run_dir = str(place.run_dir)
     if _is_control(place.run_dir):
         return run_command(place.stage, run_dir, _REBUILD)
-    is_own = _current is not None and _absolute(_current.run_dir) == place.run_dir
+    is_own = _current is not None and absolute(_current.run_dir) == place.run_dir
     if _current is not None and is_own:
         run_dir = _current.run_dir
     if _needed(run_dir) is None:
@@ -254,11 +255,16 @@ def resume() -> str:
     return (launches.prefix() if is_in_parts else "") + run_command(Stage[command.stage], command.run_dir, *own)
 
 
+def advise(command: str) -> str:
+    """Return the advice to run a command before the present one."""
+    return f"Run first: {command}"
+
+
 def _needed(run_dir: str) -> dict[str, str] | None:
     """Return the overrides that a command for a run must give. Return None if only its recipe is known."""
-    own, command = own_settings.read(_absolute(run_dir)), _current
+    own, command = own_settings.read(absolute(run_dir)), _current
     recorded = {} if own is None else own.overrides
-    is_own = command is not None and _absolute(command.run_dir) == _absolute(run_dir)
+    is_own = command is not None and absolute(command.run_dir) == absolute(run_dir)
     is_base = command is not None and not is_own and "base_run" in command.overrides
     if command is None or not (is_own or is_base):
         return None if own is None else {}
@@ -270,7 +276,3 @@ def _needed(run_dir: str) -> dict[str, str] | None:
     if set(recorded) - set(wanted) or recorded.get(RECIPE) != wanted.get(RECIPE):
         return wanted  # a command with recipe= does not use what the run has recorded
     return {key: text for key, text in wanted.items() if recorded.get(key) != text}
-
-
-def _absolute(path: str) -> Path:
-    return Path(path).expanduser().absolute()

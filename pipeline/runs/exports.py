@@ -8,6 +8,7 @@ from pipeline.config import Stage
 from pipeline.config.targets import TARGETS
 from pipeline.runs import parts, passing_over
 from pipeline.runs.artifacts import Artifact, Kind, load
+from pipeline.runs.commands import advise
 from pipeline.runs.processes import on_main_process
 from pipeline.runs.records import VerifyRecord
 from pipeline.runs.run import Run
@@ -166,7 +167,7 @@ def missing_proof(run: Run, export: Artifact) -> str:
     """Return the message for an export that `verify` has not passed."""
     target = part_of(run, export.directory)
     command = run.command(Stage.verify, *([f"export.target={target}"] if target else []))
-    return f"{export.directory}: has not passed stage=verify. Run first: {command}"
+    return f"{export.directory}: has not passed stage=verify. {advise(command)}"
 
 
 def _proof_of(export: Artifact, proofs: Iterable[Artifact]) -> Artifact | None:

@@ -12,7 +12,7 @@ from pipeline.config import PipelineConfig, Stage, composition, listed_names
 from pipeline.config.groups import RECIPE
 from pipeline.config.overrides import assignment, belongs_to_run, by_key, is_override
 from pipeline.config.secrets import has_secret
-from pipeline.errors import user_errors
+from pipeline.errors import list_first, user_errors
 from pipeline.runs import commands, console, interruptions, launches, own_settings, taken_settings
 from pipeline.runs.commands import Command
 from pipeline.runs.own_settings import RECORD_FILE, OwnSettings
@@ -111,8 +111,7 @@ def tell() -> None:
     shown = shlex.join(text for text in own.overrides.values() if not has_secret(text)) or "the defaults"
     places = f" (paths of {', '.join(own.moved)} start at {own.working_directory})" if own.moved else ""
     changes = _changes(own)
-    more = f" and {len(changes) - _MOST_CHANGES} more" if len(changes) > _MOST_CHANGES else ""
-    changed = f"; the command line changes {', '.join(changes[:_MOST_CHANGES])}{more}" if changes else ""
+    changed = f"; the command line changes {list_first(changes, _MOST_CHANGES)}" if changes else ""
     console.note("run", f"settings of {run_dir}: {shown}{places}{changed}")
 
 

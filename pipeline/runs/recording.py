@@ -11,6 +11,7 @@ from pipeline.runs import commands, own_settings, places
 from pipeline.runs.artifacts import ARTIFACT_FILE, MODEL_STAGES, load
 from pipeline.runs.commands import Command
 from pipeline.runs.own_settings import OwnSettings
+from pipeline.runs.paths import absolute
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.run import Run
 from pipeline.runs.settings import Settings, choose_settings
@@ -31,7 +32,7 @@ def record(run: Run, stage: Stage, settings: Iterable[str]) -> None:
         UserError: the record of the run is unreadable.
     """
     command = commands.current()
-    if command is None or not is_main_process() or Path(command.run_dir).expanduser().absolute() != run.directory:
+    if command is None or not is_main_process() or absolute(command.run_dir) != run.directory:
         return
     before = own_settings.read(run.directory)
     recorded = {} if before is None else before.overrides

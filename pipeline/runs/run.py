@@ -23,8 +23,9 @@ from pipeline.runs.artifacts import (
     load,
     raise_if_newer,
 )
-from pipeline.runs.commands import asked, locate, rebuild_command, run_command
+from pipeline.runs.commands import advise, asked, locate, rebuild_command, run_command
 from pipeline.runs.json_files import read_record, seal, write_json
+from pipeline.runs.paths import absolute
 from pipeline.runs.records import ExportRecord
 from pipeline.runs.settings import Settings, choose_settings
 
@@ -64,9 +65,9 @@ class Run:
         self.config = config
         self.stage = config.stage
         self.recipe = config.recipe
-        self.directory = _absolute(config.run_dir)
+        self.directory = absolute(config.run_dir)
         self.asked_part = part or (config.export.target and config.export.target.name)
-        self._shared = None if config.base_run is None else _absolute(config.base_run)
+        self._shared = None if config.base_run is None else absolute(config.base_run)
         asks = rebuilds(config.overwrite, config.stage)
         self.overwrite = asks and not launches.has_written(self._own_dir(config.stage.name) / ARTIFACT_FILE)
 
@@ -124,7 +125,7 @@ class Run:
             first = self.command(stage, *target, run_dir=self.config.base_run)
             if self._shared is not None:
                 first += ", or this command with that stage"
-            raise UserError(f"stage={self.stage.name} needs {directory}, which is {state}. Run first: {first}")
+            raise UserError(f"stage={self.stage.name} needs {directory}, which is {state}. {advise(first)}")
         artifact = load(directory, check_files)
         stale = self.staleness(artifact)
         if stale is not None:
@@ -285,7 +286,7 @@ class Run:
         start = self.config.sft.start
         if start is None or stage != Stage.sft.name:
             return None
-        return load(_absolute(start), check_files=False).fingerprint
+        return load(absolute(start), check_files=False).fingerprint
 
 
 def _read_unfinished(directory: Path) -> dict[str, Any] | None:
@@ -310,7 +311,3 @@ def _read_unfinished(directory: Path) -> dict[str, Any] | None:
 def write_unfinished(directory: Path, inputs: Mapping[str, Any]) -> None:
     """State the inputs of an unfinished stage in unfinished.json."""
     write_json(directory / UNFINISHED_FILE, seal({"version": ARTIFACT_VERSION, **inputs, **launches.note()}))
-
-
-def _absolute(path: str) -> Path:
-    return Path(path).expanduser().absolute()

@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.runs import own_settings
 from pipeline.runs.artifacts import CONFIG_FILE, MODEL_STAGES
 from pipeline.runs.own_settings import RECORD_FILE, OwnSettings
+from pipeline.runs.paths import absolute
 
 _CONFIG_DIR = ("--config-dir", "-cd")
 _SWEEP = ("-m", "--multirun")
@@ -30,7 +31,7 @@ def find(arguments: list[str]) -> tuple[str, OwnSettings] | None:
     if run_dir is None:
         _raise_if_swept_runs_have_settings(given, arguments)
         return None
-    directory = Path(run_dir).expanduser().absolute()
+    directory = absolute(run_dir)
     own = own_settings.read(directory)
     if own is None:
         _raise_if_recipe_is_needed(directory, run_dir, arguments)
@@ -52,14 +53,14 @@ def config_dir(arguments: list[str]) -> str | None:
     for i, argument in enumerate(arguments):
         flag, _, value = argument.partition("=")
         if flag in _CONFIG_DIR and (value or i + 1 < len(arguments)):
-            return str(Path(value or arguments[i + 1]).expanduser().absolute())
+            return str(absolute(value or arguments[i + 1]))
     return None
 
 
 def _raise_if_swept_runs_have_settings(given: dict[str, str], arguments: list[str]) -> None:
     """Raise UserError if a sweep over run_dir does not give all settings that one of its runs has recorded."""
     for run_dir in swept_values(given["run_dir"]) if {*_SWEEP} & {*arguments} else ():
-        directory = Path(run_dir).expanduser().absolute()
+        directory = absolute(run_dir)
         own = own_settings.read(directory)
         if own is None:
             _raise_if_recipe_is_needed(directory, run_dir, arguments)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.runs.console import say
+from pipeline.runs.paths import absolute
 
 
 @dataclass
@@ -47,7 +48,7 @@ def report(stage: str, directory: Path) -> None:
     if _summary is None:
         say(stage, f"up to date: {directory}")
         return
-    run_dir = Path(_summary.run_dir).expanduser().absolute()
+    run_dir = absolute(_summary.run_dir)
     # A stage of a control is named with its directory, as in controls/more_sft/sft. Parts of a stage are not named.
     directory = directory.parent if directory.parent.name == stage else directory
     name = directory.relative_to(run_dir).as_posix() if directory.is_relative_to(run_dir) else stage

@@ -7,7 +7,6 @@ import shutil
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pipeline.checkpoints.config_json import CONFIG, read_config
 from pipeline.checkpoints.gpt_oss import Shape
@@ -15,6 +14,7 @@ from pipeline.config import ServeConfig
 from pipeline.config.engines import ENGINES, SERVERS, Server
 from pipeline.errors import user_errors
 from pipeline.runs.artifacts import Artifact
+from pipeline.runs.paths import absolute
 from pipeline.runs.records import ExportRecord
 
 _SETTABLE = ("tensor_parallel_size", "context_length", "gpu_memory_fraction")
@@ -142,7 +142,7 @@ def _parallel_problems(serve: ServeConfig, shape: Shape, gpus: int) -> list[str]
 def _program(serve: ServeConfig) -> str | None:
     """Return `serve.program`, made absolute if it is a path."""
     is_path = serve.program is not None and "/" in serve.program
-    return str(Path(str(serve.program)).expanduser().absolute()) if is_path else serve.program
+    return str(absolute(str(serve.program))) if is_path else serve.program
 
 
 def _program_problems(serve: ServeConfig, server: Server) -> list[str]:

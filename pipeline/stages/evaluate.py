@@ -17,6 +17,7 @@ from pipeline.models.references import ModelRef
 from pipeline.runs import controls, exports, passing_over
 from pipeline.runs.artifacts import EVALUATED_STAGES, MODEL_STAGES, Artifact, Kind, Result
 from pipeline.runs.building import build
+from pipeline.runs.commands import advise
 from pipeline.runs.console import say, warn
 from pipeline.runs.json_files import read_record, seal, write_json
 from pipeline.runs.records import EvaluateRecord
@@ -78,7 +79,7 @@ def _refs(here: Run, source: str | None) -> list[ModelRef]:
     complete = [stage for stage in EVALUATED_STAGES if references.is_loadable(here, stage)]
     if not complete:
         raise UserError(
-            f"evaluate.source={_ALL}: {here.config.run_dir} has no model yet. Run first: {here.command(Stage.upcast)}"
+            f"evaluate.source={_ALL}: {here.config.run_dir} has no model yet. {advise(here.command(Stage.upcast))}"
         )
     if (adapters := here.config.quantize.adapters) is not None and Stage.sft not in complete:
         warn("evaluate", f"{Stage.sft.name}: skipped, because quantize.source={adapters} holds no adapters.")

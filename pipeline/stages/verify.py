@@ -42,6 +42,7 @@ from pipeline.runs.building import build
 from pipeline.runs.commands import stage_command
 from pipeline.runs.console import say
 from pipeline.runs.json_files import write_json
+from pipeline.runs.paths import absolute
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.records import ExportRecord, VerifyRecord
 from pipeline.runs.run import Run
@@ -272,7 +273,7 @@ def _checkpoint(config: PipelineConfig, here: Run) -> Path:
     if config.verify.checkpoint is None:
         return exports.directory_to_verify(here)
     given = f"verify.checkpoint={config.verify.checkpoint}"
-    directory = Path(config.verify.checkpoint).expanduser().absolute()
+    directory = absolute(config.verify.checkpoint)
     if not directory.is_dir():
         raise UserError(f"{given}: no such directory.")
     if (directory / ARTIFACT_FILE).is_file():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.errors import RowProblems, UserError, at_most, joined, user_errors
+from pipeline.errors import RowProblems, UserError, at_most, joined, list_first, user_errors
 
 
 def many(count: int, name: str = "row") -> list[str]:
@@ -38,6 +38,21 @@ def test_a_long_list_is_cut_and_announces_the_real_number_of_problems(count: int
     error = user_errors(many(count), most=8)
     assert str(error).splitlines() == [f"{count} problems:", *(f"  - {line}" for line in shown)]
     assert (error.problems, error.count) == (shown, count)
+
+
+def test_the_first_names_are_listed_and_the_rest_is_counted() -> None:
+    assert [list_first(list("abcde"[:count])) for count in (0, 1, 3, 4)] == ["", "a", "a, b, c", "a, b, c and 1 more"]
+    assert list_first(["a", "b"], most=1) == "a and 1 more"
+    assert list_first(["a", "b"], total=9) == "a, b and 7 more"
+
+
+@pytest.mark.parametrize("where", ["a.jsonl: row {}", "row {}"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("reasons", [("has no a",), ("has no a 1", "has no a 2")])
+def test_a_group_has_no_empty_part(where: str, count: int, reasons: tuple[str, ...]) -> None:
+    text = grouped(*((where.format(i), reasons[i % len(reasons)]) for i in range(count)))
+    assert not any(empty in text for empty in ("()", "( ", "(,", " )", ", )", "  ", ": :", "and )", "( and"))
+    assert text.count("(") == (count > 1) and text.endswith(".")
 
 
 def test_joined_errors_show_the_lines_and_the_number_of_all() -> None:

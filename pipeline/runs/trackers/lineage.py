@@ -17,6 +17,7 @@ from pipeline.config.controls import DIRECTORY
 from pipeline.config.secrets import without_secrets
 from pipeline.runs import controls, exports, parts
 from pipeline.runs.artifacts import ARTIFACT_FILE, CONFIG_FILE, MODEL_STAGES, Artifact, Kind, load
+from pipeline.runs.paths import absolute
 from pipeline.runs.run import START, Run
 from pipeline.runs.trackers.readings import split
 from pipeline.runs.trackers.tracker import DATASET, MODEL, MODEL_FILES, REPORT, Item
@@ -55,7 +56,7 @@ def inputs(run: Run, parents: Mapping[str, str], data: str | None) -> Iterator[I
 def _candidates(run: Run, name: str) -> Iterator[Artifact]:
     """Yield the artifacts that a parent of this name can be. Other parents, such as prompts, are no artifacts."""
     if name == START and run.config.sft.start is not None:
-        yield load(Path(run.config.sft.start).expanduser().absolute(), check_files=False)
+        yield load(absolute(run.config.sft.start), check_files=False)
     elif name.startswith(f"{DIRECTORY}/"):
         yield from (made.artifact for made in controls.find_made(run) if made.model == name)
     if exports.is_export(name) or name == _CHECKPOINT:
