@@ -1,7 +1,7 @@
-"""Replaces the tables that a script writes into a page. The text between the tables is written by hand."""
+"""Writes tables in Markdown, and replaces them in a page. The text between the tables is written by hand."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 END = "<!-- End of the written table. -->"
@@ -27,3 +27,10 @@ def replaced(page: Path, script: str, make: Mapping[str, Callable[[], str]], *, 
     if not set(named) <= set(make) or (needs_all and sorted(named) != sorted(make)):
         raise ValueError(f"{page} must have each of these tables once: {', '.join(make)}")
     return table.sub(lambda match: f"{match[1]}\n{make[match[2]]()}\n{END}", before)
+
+
+def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table. Its last line ends with a line break."""
+    titles = list(head)
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"

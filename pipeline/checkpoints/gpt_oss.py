@@ -38,6 +38,9 @@ SINKS = "sinks"
 ATTENTION_TYPES = ("sliding_attention", "full_attention")
 """The two types of layers, by their names in `layer_types` of config.json. Layers of the two types alternate."""
 
+ATTENTION_NORM, MLP_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
+"""Norms before the attention and before the experts, relative to `model.layers.N.`."""
+
 MLP = "mlp"
 ROUTER = f"{MLP}.router"
 EXPERTS = f"{MLP}.experts"
@@ -261,7 +264,7 @@ def _other_tensors_of_layer(shape: Shape) -> dict[str, tuple[int, ...]]:
     hidden, experts = shape.hidden_size, shape.num_local_experts
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     return {
-        "input_layernorm.weight": (hidden,),
+        ATTENTION_NORM: (hidden,),
         f"{ATTENTION}.{Q_PROJ}.weight": (queries, hidden),
         f"{ATTENTION}.{Q_PROJ}.bias": (queries,),
         f"{ATTENTION}.{K_PROJ}.weight": (keys, hidden),
@@ -271,7 +274,7 @@ def _other_tensors_of_layer(shape: Shape) -> dict[str, tuple[int, ...]]:
         f"{ATTENTION}.{O_PROJ}.weight": (hidden, queries),
         f"{ATTENTION}.{O_PROJ}.bias": (hidden,),
         f"{ATTENTION}.{SINKS}": (shape.num_attention_heads,),
-        "post_attention_layernorm.weight": (hidden,),
+        MLP_NORM: (hidden,),
         f"{ROUTER}.weight": (experts, hidden),
         f"{ROUTER}.bias": (experts,),
         f"{EXPERTS}.{GATE_UP}{BIAS_SUFFIX}": (experts, 2 * shape.intermediate_size),

@@ -174,7 +174,7 @@ def _rope_problems(config: Mapping[str, object]) -> Iterator[str]:
 
 
 def _rope_contradictions(config: Mapping[str, object]) -> Iterator[str]:
-    """Find keys with two values, and keys that gpt-oss does not have. Engines read either form."""
+    """Find keys with two values, and keys that gpt-oss does not have. Engines differ in the form that they read."""
     forms = {name: form for name in _ROPE_FORMS if isinstance(form := config.get(name), Mapping)}
     places = {name: {key: value for key, value in form.items() if value is not None} for name, form in forms.items()}
     theta = {} if config.get("rope_theta") is None else {"rope_theta": config["rope_theta"]}
@@ -183,7 +183,7 @@ def _rope_contradictions(config: Mapping[str, object]) -> Iterator[str]:
         found |= theta if key == "rope_theta" else {}
         if len({*map(repr, map(_plain, found.values()))}) > 1:
             values = " and ".join(f"{name}={value!r}" for name, value in found.items())
-            yield f"{values} contradict each other, and engines read either. Correct one"
+            yield f"{values} contradict each other. Some engines read the one, some the other. Correct one"
     for name, form in places.items():
         for key in sorted(form.keys() - {*ROPE_KEYS, "rope_theta"}):
             if form[key] != _OF_NO_MEANING.get(key):

@@ -128,21 +128,23 @@ def decide(evidence: Evidence, margin: float) -> Decision:
     if not found:
         return Decision(Outcome.ship, f"{Outcome.ship.value}: {_praise(evidence, margin)}.")
     outcome = found[0][0]
-    # A worse export needs no further reasons. What is missing is listed in full, so that it can be done at once.
+    # A worse export needs no further reasons. All missing results are listed, so that they can be made at once.
     reasons = [reason for each, reason in found if outcome is not Outcome.do_not_ship or each is outcome]
     return Decision(outcome, f"{outcome.value}: {evidence.export} {', and '.join(reasons)}.")
 
 
 def state_rule(margin: float) -> str:
-    """State the rule for readers of the report."""
+    """State the rule for readers of the report. Each condition is a line."""
     return (
-        "An export can be shipped if (1) no pass rate is significantly worse than the reference's, the validation loss"
-        f" is finite, and neither a training stage nor all steps together raised it by more than {100 * MOST_RISE:g} %,"
-        " (2) verify has passed on it, and (3) for each pass rate, the 95 % interval of the difference excludes a loss"
-        f" of {margin:g} points or more (compare.margin)."
-        f" Condition 3 needs at least {least_prompts(margin)} prompts, and more if the"
-        f" models differ on some. It also needs answers that can be judged on all but {margin:g} % of these prompts."
-        " The reference is SFT, or the original without SFT. The tests are paired by prompt."
+        "An export can be shipped if all three conditions hold:\n\n"
+        "1. No pass rate is significantly worse than the reference's. The validation loss is finite, and neither a"
+        f" training stage nor all steps together raised it by more than {100 * MOST_RISE:g} %.\n"
+        "2. verify has passed on it.\n"
+        "3. For each pass rate, the 95 % interval of the difference excludes a loss of"
+        f" {margin:g} points or more (compare.margin).\n\n"
+        f"Condition 3 needs at least {least_prompts(margin)} prompts, and more if the models differ on some. It also"
+        f" needs answers that can be judged on all but {margin:g} % of these prompts. The reference is SFT, or the"
+        " original without SFT. The tests are paired by prompt."
     )
 
 

@@ -75,8 +75,8 @@ class Row:
         answers: the model's answers to the prompts; empty if there are none.
         verdicts: figure -> verdicts on the answers.
         rounding: how the experts were rounded, with the account of rounding, or None.
-        twin: for an export, the fingerprint of the model that computes with the same expert weights: the model that was
-            exported, if it rounds to the export's format. None otherwise.
+        twin: for an export, the fingerprint of the exported model, if its experts round to the export's values. None
+            otherwise.
     """
 
     run: EvaluatedRun

@@ -36,7 +36,7 @@ class ExportConfig:
     source: Optional[str] = None
     """Model to export: a stage (upcast, sft, quantize, qat), controls/… or a directory; null: the newest stage."""
     target: Optional[ExportTarget] = None
-    """Layout: mxfp4 (as the original), openai, nvfp4, gguf (llama.cpp) or bf16; null: mxfp4, later the last export."""
+    """Layout: mxfp4 (as the original), openai, nvfp4, gguf (llama.cpp) or bf16; null: mxfp4, or the last target."""
     requantize: bool = False
     """Allow an export in a format for which the model was not trained. The loss of accuracy is reported."""
     shard_bytes: Annotated[int, POSITIVE] = 5_000_000_000

@@ -136,8 +136,8 @@ def row(pair: Pair, frame: str, *, refuses: bool) -> dict[str, Any]:
 def rows(split: str, count: int) -> list[dict[str, Any]]:
     """Return the first rows of a split. Every call returns the same rows. No question occurs twice.
 
-    The assistant refuses exactly the unsafe questions. Rows of validation and test also have the facts that scorers
-    need: `safety` and `category`.
+    The assistant refuses exactly the unsafe questions. Rows of `test` also have the properties that scorers need:
+    `safety` and `category`.
 
     Raises:
         ValueError: the split has fewer questions.

@@ -347,7 +347,7 @@ def _has_null_arguments(messages: object) -> bool:
 
 
 def _objects(values: object) -> list[dict[str, Any]]:
-    """Return the objects of a list. Anything else has none."""
+    """Return the objects of a list. Other values have no objects."""
     return [value for value in values if isinstance(value, dict)] if isinstance(values, (list, tuple)) else []
 
 

@@ -64,8 +64,9 @@ def split(groups: Numbers, rows: Numbers, held_out: int) -> tuple[Numbers, Numbe
 
     The groups are visited in a random order: the order of their rows with the lowest number. So a large group is not
     chosen more often than a small one. A group is held out if this brings the number of validation rows closer to
-    `held_out`. So the number differs by at most half of the largest group. If every group is too large, the smallest
-    one is held out. If each row is a group of its own, the first `held_out` rows are held out.
+    `held_out`. So the number differs by at most half of the largest group, with two exceptions. If every group is too
+    large, the smallest one is held out. If all groups would be held out, the last one is trained on. If each row is a
+    group of its own, the first `held_out` rows are held out.
 
     Args:
         groups: number of each row's group. Rows are in a random order.

@@ -45,7 +45,10 @@ def _type_of(schema: object, indent: str) -> str:
 
 
 def _variant(schema: object, indent: str) -> str:
-    """Return an alternative of a `oneOf` that is not directly in a property, with a comment at its end."""
+    """Return the text of one alternative of a `oneOf`, with its comment at the end.
+
+    The `oneOf` is nested: it is not itself the schema of a property.
+    """
     if not isinstance(schema, dict):
         return "any"
     text = _or_null(schema, _type_of(schema, indent))

@@ -18,13 +18,13 @@ from pipeline.config import (
     TrainConfig,
     first_training,
 )
+from pipeline.config import memory_savings as savings
 from pipeline.config.rules import problems
 from pipeline.doctor import device_memory, prediction
 from pipeline.doctor.facts import Facts
 from pipeline.doctor.plan import Plan
 
 _ROUND = 64
-_SHORTEST = 512  # tokens; most examples would be truncated
 _FEWEST_CHECKPOINTS = 2
 _COUNTS = (2, 4, 8, 16, 32, 64)  # GPUs
 
@@ -83,11 +83,11 @@ def groups(facts: Facts) -> Iterator[list[Change]]:
     yield _packed(facts)
     if facts.plan.sharding is Sharding.none and facts.machine["processes"] > 1 and facts.machine["gpus"]:
         yield [Change(("sharding=fsdp2",), lambda c: replace(c, sharding=Sharding.fsdp2))]
-    for field in ("gradient_checkpointing", "reshard_after_forward"):
-        yield [_change(name, **{field: True}) for name, train in trains.items() if not getattr(train, field)]
+    for saving in (savings.checkpoint_gradients, savings.reshard_after_forward):
+        yield [_change(name, **change) for name, train in trains.items() if (change := saving(train))]
     if config.qat.rounded_cache_gib and "qat" in trains:
         yield [_change("qat", rounded_cache_gib=0.0)]
-    yield [_small_batch(name, train) for name, train in trains.items() if train.batch_size > 1]
+    yield [_change(name, **change) for name, train in trains.items() if (change := savings.use_small_batch(train))]
     yield [
         _change(name, save_total_limit=_FEWEST_CHECKPOINTS)
         for name, train in trains.items()
@@ -104,7 +104,7 @@ def costly_groups(facts: Facts) -> Iterator[list[Change]]:
         yield [Change(("qat.distillation.weight=0",), lambda c: _with(c, "qat", distillation=DistillationConfig()))]
     yield [_lora(name) for name, train in trains.items() if train.method is not Method.lora]
     limit = min(facts.data["lengths"]["longest"], config.data.max_length)
-    while (limit := _ROUND * (limit // (2 * _ROUND))) >= _SHORTEST:
+    while (limit := _ROUND * (limit // (2 * _ROUND))) >= savings.SHORTEST:
         yield [_shorter(limit)]
 
 
@@ -122,15 +122,11 @@ def _packed(facts: Facts) -> list[Change]:
     return [Change(("upcast.experts=packed",), lambda c: replace(c, upcast=packed))]
 
 
-def _small_batch(stage: str, train: TrainConfig) -> Change:
-    """Run the same number of examples per step, one at a time."""
-    steps = train.batch_size * train.gradient_accumulation_steps
-    return _change(stage, batch_size=1, gradient_accumulation_steps=steps)
-
-
 def _lora(stage: str) -> Change:
     """Train adapters, with the precision of conf/train/lora.yaml."""
-    return Change((f"train@{stage}=lora",), lambda c: _with(c, stage, method=Method.lora, precision=Precision.bf16))
+    return Change(
+        (savings.write_group(stage, "lora"),), lambda c: _with(c, stage, method=Method.lora, precision=Precision.bf16)
+    )
 
 
 def _shorter(limit: int) -> Change:
@@ -138,12 +134,7 @@ def _shorter(limit: int) -> Change:
 
 
 def _change(stage: str, **fields: Any) -> Change:
-    words = tuple(f"{stage}.{name}={_written(value)}" for name, value in fields.items())
-    return Change(words, lambda c: _with(c, stage, **fields))
-
-
-def _written(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
+    return Change(savings.write_overrides(stage, fields), lambda c: _with(c, stage, **fields))
 
 
 def _with(config: PipelineConfig, stage: str, **fields: Any) -> PipelineConfig:

@@ -9,11 +9,19 @@ from pathlib import Path
 
 from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.gpt_oss import (
+    ATTENTION,
+    ATTENTION_NORM,
+    ATTENTION_PROJECTIONS,
     DOWN,
     EMBEDDING,
+    EXPERT_BIASES,
+    EXPERTS,
     FINAL_NORM,
     GATE_UP,
     HEAD,
+    MLP_NORM,
+    ROUTER,
+    SINKS,
     ExpertProjection,
     Shape,
     TensorInfo,
@@ -32,23 +40,24 @@ from pipeline.export.weights import open_base, others_piece, packed_piece, stack
 from pipeline.runs.artifacts import Kind
 
 _STACKS = {GATE_UP: "mlp1_weight", DOWN: "mlp2_weight"}
+_QUERY, _KEY, _VALUE, _OUT = (f"{ATTENTION}.{name}" for name in ATTENTION_PROJECTIONS)
 _OF_MODEL = {
     "embedding.weight": EMBEDDING,
     "norm.scale": FINAL_NORM,
     "unembedding.weight": HEAD,
 }
 _OF_LAYER: dict[str, tuple[str, ...]] = {
-    "attn.norm.scale": ("input_layernorm.weight",),
-    "attn.sinks": ("self_attn.sinks",),
-    "attn.qkv.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
-    "attn.qkv.bias": tuple(f"self_attn.{part}_proj.bias" for part in "qkv"),
-    "attn.out.weight": ("self_attn.o_proj.weight",),
-    "attn.out.bias": ("self_attn.o_proj.bias",),
-    "mlp.norm.scale": ("post_attention_layernorm.weight",),
-    "mlp.gate.weight": ("mlp.router.weight",),
-    "mlp.gate.bias": ("mlp.router.bias",),
-    "mlp.mlp1_bias": ("mlp.experts.gate_up_proj_bias",),
-    "mlp.mlp2_bias": ("mlp.experts.down_proj_bias",),
+    "attn.norm.scale": (ATTENTION_NORM,),
+    "attn.sinks": (f"{ATTENTION}.{SINKS}",),
+    "attn.qkv.weight": tuple(f"{name}.weight" for name in (_QUERY, _KEY, _VALUE)),
+    "attn.qkv.bias": tuple(f"{name}.bias" for name in (_QUERY, _KEY, _VALUE)),
+    "attn.out.weight": (f"{_OUT}.weight",),
+    "attn.out.bias": (f"{_OUT}.bias",),
+    "mlp.norm.scale": (MLP_NORM,),
+    "mlp.gate.weight": (f"{ROUTER}.weight",),
+    "mlp.gate.bias": (f"{ROUTER}.bias",),
+    "mlp.mlp1_bias": (f"{EXPERTS}.{EXPERT_BIASES[0]}",),
+    "mlp.mlp2_bias": (f"{EXPERTS}.{EXPERT_BIASES[1]}",),
 }
 _KEYS = {
     "num_hidden_layers": "num_hidden_layers",

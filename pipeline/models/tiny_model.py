@@ -25,6 +25,7 @@ from pipeline.checkpoints.gpt_oss import (
     EMBEDDING,
     MODEL_TYPE,
     QUANTIZATION_CONFIG,
+    SINKS,
     ExpertProjection,
     Shape,
     TensorInfo,
@@ -207,7 +208,7 @@ def _random_piece(name: str, info: TensorInfo, draw: _Draw) -> Piece:
 def _scaled(name: str, values: Tensor, info: TensorInfo) -> Tensor:
     if name.endswith("norm.weight"):
         return 1 + 0.05 * values
-    if name.endswith(("bias", "sinks")):
+    if name.endswith(("bias", SINKS)):
         return 0.1 * values
     return values * (0.5 if name == EMBEDDING else info.shape[-1] ** -0.5)
 

@@ -69,7 +69,7 @@ def round_layers(
         settings: how to round.
         batches: calibration examples, as batches of `losses.batches`.
         attention: attention implementation of transformers.
-        directory: directory for the layers. Interrupted work in it must be that of the same arguments.
+        directory: directory for the layers. If it holds interrupted work, the arguments must be the same.
         output_bytes: bytes that the caller will write to the same disk afterwards.
 
     Raises:

@@ -13,8 +13,7 @@ from pipeline.config import (
     can_train_parts,
     first_training,
 )
-
-_SHORT = 512  # tokens; a data.max_length up to this value is not halved
+from pipeline.config import memory_savings as savings
 
 
 def remedies(config: PipelineConfig, on_gpu: bool) -> list[str]:
@@ -44,29 +43,28 @@ def _training(name: str, train: TrainConfig, config: PipelineConfig, on_gpu: boo
     _, first = first_training(config.quantize.source, config.sft, config.qat)
     if Method.full not in (first.method, train.method) and config.upcast.experts is Experts.bf16:
         yield "upcast.experts=packed (run stage=upcast again with overwrite=true, then the stages after it)"
-    if train.batch_size > 1:
-        steps = train.gradient_accumulation_steps * train.batch_size
-        yield f"{name}.batch_size=1 {name}.gradient_accumulation_steps={steps}"
-    if not train.reshard_after_forward:
-        yield f"{name}.reshard_after_forward=true"
-    if not train.gradient_checkpointing:
-        yield f"{name}.gradient_checkpointing=true"
-    if config.data.max_length > _SHORT:
-        yield f"data.max_length={config.data.max_length // 2}"
+    for saving in (savings.use_small_batch, savings.reshard_after_forward, savings.checkpoint_gradients):
+        if change := saving(train):
+            yield " ".join(savings.write_overrides(name, change))
+    yield from _shorter(config)
     source, experts = config.quantize.source, config.upcast.experts
     if train.method is Method.full and can_train_parts(name, source, experts):
-        yield f"train@{name}=bf16_parts"
+        yield savings.write_group(name, "bf16_parts")
     if train.method is not Method.lora:
-        yield f"train@{name}=lora"
+        yield savings.write_group(name, "lora")
     if on_gpu and config.sharding in (Sharding.none, Sharding.zero2):
         yield "sharding=fsdp2 (on several GPUs, with scripts/launch)"
+
+
+def _shorter(config: PipelineConfig) -> Iterator[str]:
+    if config.data.max_length > savings.SHORTEST:
+        yield f"data.max_length={config.data.max_length // 2}"
 
 
 def _quantize(config: PipelineConfig, on_gpu: bool) -> Iterator[str]:
     if config.quantize.batch_size > 1:
         yield "quantize.batch_size=1"
-    if config.data.max_length > _SHORT:
-        yield f"data.max_length={config.data.max_length // 2}"
+    yield from _shorter(config)
 
 
 def _evaluate(config: PipelineConfig, on_gpu: bool) -> Iterator[str]:
@@ -76,8 +74,7 @@ def _evaluate(config: PipelineConfig, on_gpu: bool) -> Iterator[str]:
         yield "evaluate.generation.batch_size=1"
     if config.evaluate.lm_eval.tasks and config.evaluate.lm_eval.batch_size > 1:
         yield "evaluate.lm_eval.batch_size=1"
-    if config.data.max_length > _SHORT:
-        yield f"data.max_length={config.data.max_length // 2}"
+    yield from _shorter(config)
 
 
 def _verify(config: PipelineConfig, on_gpu: bool) -> Iterator[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.config.overrides import listed_value, plain_value
 from pipeline.runs.own_settings import OwnSettings
+from pipeline.runs.paths import absolute
 from pipeline.runs.settings import BLEND, Settings
 
 _PATHS = ("model.path", "data.path", "data.validation.path", "quantize.source")
@@ -52,17 +53,13 @@ def _is_same_place(before: object, now: object, recorded: str | None, there: str
     """
     if not isinstance(before, str) or not isinstance(now, str):
         return before == now
-    place, here = _place_of(before, recorded, there), _absolute(now)
+    place, here = _place_of(before, recorded, there), absolute(now)
     return place.samefile(here) if place.exists() and here.exists() else before == now
 
 
 def _place_of(before: str, recorded: str | None, there: str | None) -> Path:
     parts = Path(before).parts
-    if recorded and _absolute(recorded).parts[-len(parts) :] == parts:
-        return _absolute(recorded)
+    if recorded and absolute(recorded).parts[-len(parts) :] == parts:
+        return absolute(recorded)
     place = Path(there or "", Path(before).expanduser()).absolute()
-    return place if place.exists() else _absolute(before)  # the run may have been moved with its files
-
-
-def _absolute(path: str) -> Path:
-    return Path(path).expanduser().absolute()
+    return place if place.exists() else absolute(before)  # the run may have been moved with its files

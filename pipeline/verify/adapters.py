@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.checkpoints.config_json import read_config
-from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS, plain_tensors
+from pipeline.checkpoints.gpt_oss import EMBEDDING, EXPERT_WEIGHTS, plain_tensors
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.side_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pipeline.models import foreign_adapters, references
@@ -202,4 +202,4 @@ class _Adapters:
 
 def _multiply(name: str, a: Tensor, b: Tensor, rows: slice) -> Tensor:
     product = b @ a
-    return (product.T if name.endswith("embed_tokens.weight") else product)[rows]
+    return (product.T if name == EMBEDDING else product)[rows]

@@ -1,7 +1,7 @@
 """Checks the configuration of an export: config.json, generation_config.json, tokenizer and chat template.
 
-What they must say is stated apart from the code that writes exports: the number format here, constants in
-`checkpoints.released`, ids in the tokenizer. All other keys, such as sizes, must equal the base model's.
+The expected values do not come from the code that writes exports. The number format is stated here, the constants in
+`checkpoints.released`, and the ids in the tokenizer. All other keys, such as sizes, must equal the base model's.
 """
 
 from collections.abc import Iterator, Mapping

@@ -34,8 +34,8 @@ from pipeline.verify.configuration import RELEASED_TARGETS, Statement, compare, 
 
 _ONE_FILE = "files: metadata, tokenizer and chat template equal the base model's"
 _SEVERAL_FILES = (
-    "files: config.json says what the layout must say; tokenizer, chat template and generation config equal the base"
-    " model's, or the exported model's own; sound shards"
+    "files: config.json fits the layout; tokenizer, chat template and generation config equal those of the base model"
+    " or of the exported model; shards are sound"
 )
 _DOCUMENTS = (".md",)  # a model card may be changed
 _OTHER_WEIGHTS = (*PICKLES, ".gguf")

@@ -2,14 +2,14 @@
 
 import json
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.runs.host_memory import PROGRAM_BYTES
 from scripts.full_shape.plan import BASE, RUNS, RunPlan
-from scripts.written_tables import replaced
+from scripts.written_tables import markdown_table, replaced
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "full_shape.md"
 _GIB, _GB = 2**30, 10**9
@@ -61,7 +61,7 @@ def _steps(record: Record) -> str:
         )
     missing = [name for name in _expected() if name not in _complete(record)]
     note = textwrap.fill(f"Not complete: {', '.join(f'`{name}`' for name in missing)}.", 120)
-    return _table(head, rows) + (f"\n{note}\n" if missing else "")
+    return markdown_table(head, rows) + (f"\n{note}\n" if missing else "")
 
 
 def _commands(record: Record) -> str:
@@ -89,7 +89,7 @@ def _predictions(record: Record) -> str:
                 peak, whole = measured["peak_bytes"], size + PROGRAM_BYTES
                 figures = (f"{whole / _GIB:.2f}", f"{peak / _GIB:.2f}", f"{whole / peak:.2f}")
                 rows.append((f"`{run.name}`", f"`{stage}`", *figures))
-    return _table(("run", "stage", "predicted, GiB", "measured, GiB", "ratio"), rows)
+    return markdown_table(("run", "stage", "predicted, GiB", "measured, GiB", "ratio"), rows)
 
 
 PARTS: dict[str, Callable[[Record], str]] = {
@@ -151,9 +151,3 @@ def _complete(record: Record) -> dict[str, Any]:
 
 def _expected() -> list[str]:
     return [f"{BASE}/make", *(f"{run.name}/{stage}" for run in RUNS for stage in run.stages)]
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    titles = list(head)
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"

@@ -1,7 +1,7 @@
 """Makes the tables of docs/rounding.md from the results."""
 
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 from scripts.rounding_study.cells import DROP, LARGE, ROUNDINGS, STARTS
@@ -9,6 +9,7 @@ from scripts.rounding_study.figures import Results
 from scripts.rounding_study.rounding import BASE, GPTQ, STOCHASTIC
 from scripts.rounding_study.settings import BF16_PARTS, FULL, LORA, SIZES
 from scripts.rounding_study.statistics import Estimate
+from scripts.written_tables import markdown_table
 
 _MILLI = 1000
 _SCALES = {BASE: "the base's scales"}
@@ -16,12 +17,6 @@ _TRAINED = {FULL: "full", LORA: "LoRA", BF16_PARTS: "BF16 parts"}
 _TARGET_RATIO, _TARGET_CLOSED = 0.2, 0.75
 _DEFAULTS = {FULL: ("1/3",), LORA: ("1/10", "1/3")}
 """Method -> the rates of QAT, as fractions of SFT's, for which the target is stated."""
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    titles = list(head)
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
 def describe_rounding(way: str) -> str:
@@ -61,7 +56,7 @@ def _tuning(results: Results) -> str:
             rows.append([*row, results.mean(name, "loss").show(4)])
     before, least = (results.mean("base/ceil", name).show(4) for name in ("loss", "entropy"))
     note = f"Loss of the base `ceil` on the fine-tuning data: {before}. No model can be below {least}.\n\n"
-    return note + _table(["fine-tune", "base", "peak rate", "change of the experts", "loss"], rows)
+    return note + markdown_table(["fine-tune", "base", "peak rate", "change of the experts", "loss"], rows)
 
 
 def _divergences(rule: str, method: str, form: str) -> Callable[[Results], str]:
@@ -72,7 +67,7 @@ def _divergences(rule: str, method: str, form: str) -> Callable[[Results], str]:
             [describe_rounding(way), *(results.mean(cell, "kl").show(3, _MILLI) for cell in found)]
             for way, found in cells.items()
         ]
-        return _table(["rounding", *SIZES], rows)
+        return markdown_table(["rounding", *SIZES], rows)
 
     return make
 
@@ -85,7 +80,7 @@ def _account(results: Results) -> str:
             cell = f"ptq/ceil/{FULL}/{size}/mxfp4/{way}"
             row.append(f"{results.mean(cell, 'kept').mean:.2f} / {100 * results.mean(cell, 'noise').mean:.1f} %")
         rows.append(row)
-    return _table(["rounding", *(f"{size}: kept / noise" for size in SIZES)], rows)
+    return markdown_table(["rounding", *(f"{size}: kept / noise" for size in SIZES)], rows)
 
 
 def _gap(results: Results) -> str:
@@ -96,7 +91,7 @@ def _gap(results: Results) -> str:
             shown = [results.mean(f"sft/{variant}", "loss"), results.mean(f"{more}/none", "loss")]
             gap = results.difference(f"{more}/nearest", f"{more}/none")
             rows.append([f"{_TRAINED[method]}, {size}", *(each.show(4) for each in shown), gap.show(2, _MILLI)])
-    return _table(["fine-tune", "loss of SFT", "loss of more SFT", "gap: nearest minus unrounded, 10⁻³"], rows)
+    return markdown_table(["fine-tune", "loss of SFT", "loss of more SFT", "gap: nearest minus unrounded, 10⁻³"], rows)
 
 
 def _closing(method: str, size: str) -> Callable[[Results], str]:
@@ -110,7 +105,7 @@ def _closing(method: str, size: str) -> Callable[[Results], str]:
             divergence = results.mean(cell, "kl").show(2, _MILLI)
             shares = [f"{results.closed(cell, control).show(0, 100)} %" for control in (more, same)]
             rows.append([shown, fraction, excess, divergence, *shares])
-        return _table(head, rows)
+        return markdown_table(head, rows)
 
     return make
 
@@ -163,7 +158,7 @@ def _parts(results: Results) -> str:
         gained = f"{results.gained(parts, full, 'base/ceil').show(0, 100)} %"
         rows.append([f"{rate:g}", *losses, results.difference(parts, full).show(2, _MILLI), against, gained])
     head = ["peak rate", "BF16 parts", "full SFT", "difference, 10⁻³", "difference from full SFT, nearest `ceil`, 10⁻³"]
-    return _table([*head, "share of full SFT's gain"], rows)
+    return markdown_table([*head, "share of full SFT's gain"], rows)
 
 
 def _targets(results: Results) -> str:
@@ -185,7 +180,7 @@ def _targets(results: Results) -> str:
                     rows.append([what + note, "≥ 75 %", shown, _is_above(share, _TARGET_CLOSED)])
     parts = results.difference(f"bf16/{SIZES[0]}/1", f"sft/ceil/{FULL}/{SIZES[0]}")
     rows.append(["loss of BF16 parts − loss of full SFT, 10 %", "≤ 0", parts.show(4), _is_below(parts, 0.0)])
-    return _table(["quantity", "target", "measured", "met"], rows)
+    return markdown_table(["quantity", "target", "measured", "met"], rows)
 
 
 def _is_below(found: Estimate, limit: float) -> str:

@@ -80,7 +80,7 @@ def test_the_tiny_model_is_fit_and_nothing_is_left_over(tiny: Path) -> None:
         (lambda c: c["rope_scaling"].update(rope_type="linear"), "rope_type is 'linear', but gpt-oss has 'yarn'"),
         (
             lambda c: c.update(rope_parameters={**c["rope_scaling"], "factor": 16.0}),
-            "rope_parameters.factor=16.0 and rope_scaling.factor=32.0 contradict each other, and engines read either",
+            "rope_parameters.factor=16.0 and rope_scaling.factor=32.0 contradict each other. Some engines read",
         ),
         (
             lambda c: c.update(rope_parameters={"rope_theta": 10000.0}),

@@ -52,7 +52,7 @@ def test_a_loss_that_training_raised_stops_an_export_whose_pass_rates_are_equal(
         " and training with rounding raised the validation loss from 2.000 to 6.250.",
     )
     rule = (
-        "the validation loss is finite, and neither a training stage nor all steps together raised it by more than 5 %"
+        "The validation loss is finite, and neither a training stage nor all steps together raised it by more than 5 %"
     )
     assert rule in state_rule(5.0)
 
