@@ -89,7 +89,7 @@ def status(arguments: list[str]) -> int:
     try:
         if not arguments:
             if is_main_process():
-                print(program.named(help.START), file=sys.stderr)
+                print(program.name_program(help.START), file=sys.stderr)
             return UserError.exit_status  # a script must not take a forgotten stage for success
         if (text := _answer(arguments)) is not None:
             console.show_page(text)
@@ -117,7 +117,7 @@ def _answer(arguments: list[str]) -> str | None:
             return completion.answer(order, FOLDERS, os.environ.get(completion.BEFORE, ""))
     if command_line.asks_for("--help", arguments):
         names = command_line.words(arguments)
-        return program.named(help.part(names, FOLDERS) if names else help.whole(FOLDERS))
+        return program.name_program(help.part(names, FOLDERS) if names else help.whole(FOLDERS))
     return provenance.versions() if command_line.asks_for("--version", arguments) else None
 
 

@@ -49,7 +49,7 @@ class MachineError(Exception):
     exit_status = 1
 
 
-def prefixed(error: UserError | CheckFailed | MachineError, prefix: str) -> Exception:
+def add_prefix(error: UserError | CheckFailed | MachineError, prefix: str) -> Exception:
     """Return an error of the same kind, whose message begins with a prefix."""
     message = f"{prefix}: {error}"
     return UserError(message, count=error.count) if isinstance(error, UserError) else type(error)(message)
@@ -162,7 +162,7 @@ def user_errors(problems: list[str], most: int | None = None) -> UserError:
     return _together(problems if most is None else at_most(problems, most), len(problems))
 
 
-def joined(errors: list[UserError]) -> UserError:
+def join_errors(errors: list[UserError]) -> UserError:
     """Combine several errors into one. Errors with the same message are reported once."""
     distinct = list({str(error): error for error in errors}.values())
     if len(distinct) == 1:
@@ -192,7 +192,7 @@ class Attempts:
     def raise_if_any(self) -> None:
         """Raise the errors as one UserError, if there are any."""
         if self._errors:
-            raise joined(self._errors)
+            raise join_errors(self._errors)
 
 
 def _together(lines: list[str], count: int) -> UserError:

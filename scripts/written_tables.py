@@ -7,7 +7,7 @@ from pathlib import Path
 END = "<!-- End of the written table. -->"
 
 
-def replaced(page: Path, script: str, make: Mapping[str, Callable[[], str]], *, needs_all: bool = True) -> str:
+def replace_tables(page: Path, script: str, make: Mapping[str, Callable[[], str]], *, needs_all: bool = True) -> str:
     """Return the text of a page with new tables.
 
     A table stands between `<!-- Written by <script>: <name>. -->` and `END`.

@@ -76,7 +76,7 @@ def sample(checkpoint: Checkpoint) -> CodeFigures:
     return counts.figures(SAMPLED_EXPERTS if experts > SAMPLED_EXPERTS else None)
 
 
-def counting(piece: Piece) -> Piece:
+def add_counting(piece: Piece) -> Piece:
     """Return a piece that makes the same tensors, and counts the packed experts that it reads.
 
     The steps of `piece` must read blocks and scales. The counts are the note of the piece.

@@ -67,7 +67,7 @@ def raise_if_sample_bad(files: TensorFiles) -> None:
         raise user_errors(problems, most=MOST_PROBLEMS)
 
 
-def checking(piece: Piece, files: TensorFiles) -> Piece:
+def add_checking(piece: Piece, files: TensorFiles) -> Piece:
     """Return a piece that makes the same tensors, and checks them for NaN and Inf on their device.
 
     With a finding, all of `files` is scanned, so that the error names every tensor.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pipeline.compare.digits import size
 from pipeline.compare.names import EXPORT, MODELS, QAT, SFT, UPCAST, figure_title
-from pipeline.compare.rows import Row, undominated
+from pipeline.compare.rows import Row, list_undominated
 from pipeline.compare.runs import EvaluatedRun, distinct_runs
 from pipeline.compare.table import is_rate
 from pipeline.runs.metrics import read_metrics
@@ -94,7 +94,7 @@ def _tradeoff_chart(rows: list[Row]) -> Chart:
     measured = [row for row in rows if all(math.isfinite(row.figures.get(name, math.nan)) for name in (_LOSS, _SERVED))]
     names = _point_names(measured)
     kept = [row for row in measured if row.title in names]
-    best = [names[row.title] for row in undominated(kept, _SERVED, _LOSS, is_higher_better=False)]
+    best = [names[row.title] for row in list_undominated(kept, _SERVED, _LOSS, is_higher_better=False)]
     drawn = [row for row in kept if not _is_outlier(row, kept)]
     notes = [
         "Lower and further left is better.",

@@ -302,7 +302,7 @@ def are_twins(row: Row, other: Row) -> bool:
     return row.twin == other.fingerprint or other.twin == row.fingerprint
 
 
-def undominated(rows: Iterable[Row], size: str, quality: str, *, is_higher_better: bool) -> list[Row]:
+def list_undominated(rows: Iterable[Row], size: str, quality: str, *, is_higher_better: bool) -> list[Row]:
     """Find the rows that no other row dominates (the Pareto front).
 
     A row dominates another row if it is smaller or better, and is neither larger nor worse. An export and its twin are

@@ -39,8 +39,8 @@ from pipeline.config.pipeline import (
     Sharding,
     Stage,
     can_train_parts,
-    listed_controls,
-    listed_names,
+    list_controls,
+    list_names,
     rebuilds,
 )
 from pipeline.config.quantize import (
@@ -148,8 +148,8 @@ __all__ = [
     "is_known",
     "keeps_packed",
     "leaves_nothing_to_round",
-    "listed_controls",
-    "listed_names",
+    "list_controls",
+    "list_names",
     "packs_rounded",
     "raise_if_nothing_to_round",
     "rebuilds",

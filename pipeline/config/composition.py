@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config import config_files, rates, rules
 from pipeline.config.groups import RECIPE, Folders
-from pipeline.config.overrides import quoted
+from pipeline.config.overrides import quote
 from pipeline.config.pipeline import PipelineConfig
 from pipeline.errors import UserError, user_errors
 
@@ -97,7 +97,7 @@ def _composed(overrides: Sequence[str], config_dirs: Sequence[Path]) -> Iterator
         raise user_errors(found)
     register()
     searched = (
-        [f"hydra.searchpath=[{','.join(quoted(f'file://{path}') for path in config_dirs)}]"] if config_dirs else []
+        [f"hydra.searchpath=[{','.join(quote(f'file://{path}') for path in config_dirs)}]"] if config_dirs else []
     )
     try:
         with _restored_state(), hydra.initialize_config_dir(str(CONF_DIR), version_base=HYDRA_VERSION):

@@ -12,8 +12,8 @@ from pipeline.config.pipeline import (
     MORE_SFT,
     PipelineConfig,
     Stage,
-    listed_controls,
-    listed_names,
+    list_controls,
+    list_names,
     rebuilds,
 )
 from pipeline.config.quantize import QuantizeSource, RoundingMethod, leaves_nothing_to_round
@@ -64,17 +64,17 @@ def rebuilds_stage(overwrite: bool | str, control: str, stage: Stage) -> bool:
     `controls` and the control's name ask for all its stages. `<control>/<stage>` asks for this stage, and for the
     control's stages after it, which are made from it.
     """
-    if rebuilds(overwrite, Stage.controls) or control in listed_names(overwrite):
+    if rebuilds(overwrite, Stage.controls) or control in list_names(overwrite):
         return True
     order = list(Stage)
     before = order[: order.index(stage) + 1]
-    return any(f"{control}/{each.name}" in listed_names(overwrite) for each in before)
+    return any(f"{control}/{each.name}" in list_names(overwrite) for each in before)
 
 
 def overwrite_problem(overwrite: bool | str, controls: Iterable[Control]) -> str | None:
     """Return a message if `overwrite` lists a control, or a stage of one, that is not among `controls`. Else None."""
     known = [(each.name, *(f"{each.name}/{stage.name}" for stage in each.stages)) for each in controls]
-    missing = [name for name in listed_controls(overwrite) if not any(name in names for names in known)]
+    missing = [name for name in list_controls(overwrite) if not any(name in names for names in known)]
     if not missing:
         return None
     return (

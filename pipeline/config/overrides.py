@@ -110,14 +110,14 @@ def swept_values(override: str) -> list[str]:
     return [each for each in found if each is not None]
 
 
-def shown(arguments: list[str]) -> str:
+def show_arguments(arguments: list[str]) -> str:
     """Return the command with these arguments, quoted for a shell."""
     return f"{program.name()} {shlex.join(arguments)}"
 
 
 def assignment(key: str, value: str) -> str:
     """Return the override that sets a key to a text. Hydra reads some characters and words only inside quotes."""
-    return f"{key}={value if _NEEDS_NO_QUOTES.fullmatch(value) else quoted(value)}"
+    return f"{key}={value if _NEEDS_NO_QUOTES.fullmatch(value) else quote(value)}"
 
 
 def override_of(key: str, value: object) -> str:
@@ -131,11 +131,11 @@ def _text(value: object) -> str:
     if isinstance(value, dict):
         return f"{{{','.join(f'{key}:{_text(each)}' for key, each in value.items())}}}"
     if isinstance(value, str):
-        return quoted(value)
+        return quote(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def quoted(value: str) -> str:
+def quote(value: str) -> str:
     """Quote a value for an override, so that commas, quotes and brackets have no meaning. `${key}` keeps its own."""
     from hydra.core.override_parser.types import Quote, QuotedString
 

@@ -79,7 +79,7 @@ _OF_CONTROLS = {
 """The names that `overwrite` may list, and names of one stage of a control, which the help does not list."""
 
 
-def listed_names(overwrite: bool | str) -> tuple[str, ...]:
+def list_names(overwrite: bool | str) -> tuple[str, ...]:
     """Return the names that `overwrite` lists, as in `overwrite=sft,quantize`. true and false list none.
 
     A name is a stage, a control (`more_sft`), or a stage of a control (`more_sft/quantize`).
@@ -88,19 +88,19 @@ def listed_names(overwrite: bool | str) -> tuple[str, ...]:
     return tuple(name.strip().removeprefix(f"{Stage.controls.name}/") for name in names)
 
 
-def listed_controls(overwrite: bool | str) -> tuple[str, ...]:
+def list_controls(overwrite: bool | str) -> tuple[str, ...]:
     """Return the names in `overwrite` that belong to one control: the control, or a stage of it."""
-    return tuple(name for name in listed_names(overwrite) if name.partition("/")[0] in CONTROLS)
+    return tuple(name for name in list_names(overwrite) if name.partition("/")[0] in CONTROLS)
 
 
 def rebuilds(overwrite: bool | str, stage: Stage) -> bool:
     """Return whether `overwrite` asks to rebuild a stage."""
-    return overwrite if isinstance(overwrite, bool) else stage.name in listed_names(overwrite)
+    return overwrite if isinstance(overwrite, bool) else stage.name in list_names(overwrite)
 
 
 _LIST_OF_STAGES = Bound(
     f"true, false, or stages and controls with commas between them: {', '.join(_REBUILDABLE)}",
-    lambda value: isinstance(value, bool) or {*listed_names(value)} <= {*_REBUILDABLE, *_OF_CONTROLS},
+    lambda value: isinstance(value, bool) or {*list_names(value)} <= {*_REBUILDABLE, *_OF_CONTROLS},
     ("true", "false", *_REBUILDABLE),
 )
 

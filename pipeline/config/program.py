@@ -21,7 +21,7 @@ def name() -> str:
     return COMMAND if Path(sys.argv[0]).stem == COMMAND else MODULE
 
 
-def named(text: str) -> str:
+def name_program(text: str) -> str:
     """Replace the program's name in a text for people by the name that the user typed."""
     return text.replace(MODULE, name())
 

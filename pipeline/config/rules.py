@@ -15,7 +15,7 @@ from pipeline.config.bounds import bounds_of
 from pipeline.config.data import ColumnsConfig, DataConfig
 from pipeline.config.format import FormatName
 from pipeline.config.keys import is_known, schema, unknown_key
-from pipeline.config.pipeline import PipelineConfig, Sharding, Stage, listed_controls, listed_names
+from pipeline.config.pipeline import PipelineConfig, Sharding, Stage, list_controls, list_names
 from pipeline.config.quantize import QuantizeSource, RoundingMethod, first_training, source_problem, writes_rounded
 from pipeline.config.targets import TARGETS
 from pipeline.config.training import (
@@ -107,10 +107,10 @@ def _bound_problems(section: object, prefix: str = "") -> Iterator[str]:
 
 
 def _overwrite_problems(config: PipelineConfig) -> list[str]:
-    names = listed_names(config.overwrite)
+    names = list_names(config.overwrite)
     if config.stage is Stage.all or not names or config.stage.name in names:
         return []
-    if config.stage is Stage.controls and listed_controls(config.overwrite) == names:
+    if config.stage is Stage.controls and list_controls(config.overwrite) == names:
         return []
     return [
         f"overwrite={config.overwrite}: stage={config.stage.name} does not build {' or '.join(names)}. Use"

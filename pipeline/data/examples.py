@@ -22,7 +22,7 @@ from pipeline.data.sampling import Numbers
 from pipeline.data.scripts import Script
 from pipeline.data.sources import digest_of_files
 from pipeline.data.tokenizers import Tokenizer
-from pipeline.errors import RowProblems, UserError, joined
+from pipeline.errors import RowProblems, UserError, join_errors
 from pipeline.runs.console import progress, say, warn
 from pipeline.runs.run import Run
 
@@ -80,7 +80,7 @@ def prepare_examples(run: Run, data: DataConfig, rows: Rows, tokenizer: Tokenize
         except UserError as error:
             errors.append(error)
     if errors:
-        raise joined(errors)
+        raise join_errors(errors)
     kept = {name: _drop_unsupervised(data, name, table, counts) for name, table in tokenized.items()}
     examples = {name: table.select_columns(["input_ids", "labels"]) for name, table in kept.items()}
     return Splits(

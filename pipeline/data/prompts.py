@@ -20,7 +20,7 @@ def words(conversation: Conversation) -> str:
     return "\0".join(f"{message['role']}\0{message['content']}" for message in prompt(conversation))
 
 
-def normalized(conversation: Conversation) -> str:
+def normalize(conversation: Conversation) -> str:
     """Normalize a prompt: apply NFKC, fold case, remove quotes and closing punctuation, and collapse white space.
 
     Conversations that begin with the same question have the same normalized prompt, however they go on.

@@ -37,7 +37,7 @@ from pipeline.data.parsing import parse_conversation
 from pipeline.data.sampling import Numbers
 from pipeline.data.sources import Opened, Source, data_sources, digest_of_files, open_rows
 from pipeline.data.unused import Unused, UnusedCounts
-from pipeline.errors import RowProblems, UserError, joined, user_errors
+from pipeline.errors import RowProblems, UserError, join_errors, user_errors
 from pipeline.runs import foreign_files
 from pipeline.runs.console import progress, say, warn
 from pipeline.runs.run import DATA_DIR, Run
@@ -99,7 +99,7 @@ class Rows:
     Attributes:
         conversations: one conversation for each row that data.filter keeps, in order. The conversations of a data set
             for validation are the last ones.
-        prompts: hash of each conversation's prompt. Equal prompts have equal hashes, see `prompts.normalized`.
+        prompts: hash of each conversation's prompt. Equal prompts have equal hashes, see `prompts.normalize`.
         parts: one pair (data set, number of conversations) for each part of the blend. A single data set is one part.
         validation: number of conversations in the data set for validation, or 0 if there is none.
         fingerprint: hash of the contents of all conversations, and of what decides which of them train
@@ -149,7 +149,7 @@ def read_rows(run: Run, sources: list[Source], *, lists_unused: bool = True) -> 
         except UserError as error:
             errors.append(error)
     if errors:
-        raise joined(errors)
+        raise join_errors(errors)
     _report_merged(found)
     kept = [_apply_filter(source, table) for source, table in zip(sources, found, strict=True)]
     _raise_if_same_rows(sources, kept)
@@ -262,7 +262,7 @@ def _check_row(source: Source, mapping: Columns, where: str, row: object) -> Map
         "conversation": text,
         "where": where,
         "identity": _hash_text(text),
-        "prompt": _hash_text(prompts.normalized(found)),
+        "prompt": _hash_text(prompts.normalize(found)),
         "expected": json.dumps(mapping.read_expected(fields), ensure_ascii=False),
         "merged": found.merged_instructions,
         "unused": json.dumps(mapping.unused_of_row(), ensure_ascii=False),

@@ -216,7 +216,7 @@ def _search(facts: Facts) -> tuple[list[remedies.Change], Facts]:
             now, is_measured = remedies.predict(facts, chosen, is_measured=True), True
         if not shortages(now) or (group.is_costly and all(each.kind == DISK for each in shortages(now))):
             break
-        more = [*chosen, *remedies.allowed(facts, chosen, group.changes)]
+        more = [*chosen, *remedies.keep_allowed(facts, chosen, group.changes)]
         tried = remedies.predict(facts, more, is_measured=is_measured)
         if _excess(tried) < _excess(now):
             chosen, now = more, tried

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TypedDict
 
 from pipeline.data.conversations import Conversation
-from pipeline.data.prompts import normalized, words
+from pipeline.data.prompts import normalize, words
 from pipeline.doctor.rows import Row
 
 _SHOWN = 3
@@ -18,7 +18,7 @@ class LeakFigures(TypedDict):
     """
 
     exact: int
-    normalized: int
+    normalize: int
     share: float
     first: list[str]
 
@@ -28,7 +28,7 @@ def figures(train: list[Row], validation: list[Row]) -> LeakFigures:
 
     The prompt of a row consists of all messages before the first answer.
     """
-    exact, alike = (_shared(train, validation, key) for key in (words, normalized))
+    exact, alike = (_shared(train, validation, key) for key in (words, normalize))
     pairs = [f"{held_out.conversation.where} = {trained.conversation.where}" for held_out, trained in alike]
     return {
         "exact": len(exact),

@@ -51,7 +51,7 @@ def predict(facts: Facts, changes: Sequence[Change], *, is_measured: bool) -> Fa
     return replace(facts, plan=Plan.of(config), needs=needed)
 
 
-def allowed(facts: Facts, chosen: Sequence[Change], group: Sequence[Change]) -> list[Change]:
+def keep_allowed(facts: Facts, chosen: Sequence[Change], group: Sequence[Change]) -> list[Change]:
     """Return the changes of a group that break no rule between settings, if they are added to those chosen."""
     kept: list[Change] = []
     before = set(problems(facts.run.config))

@@ -55,7 +55,7 @@ def pack(weights: Weights, directory: Path, *, shard_bytes: int, device: str) ->
         raise_if_not_divisible(projection, MXFP4)
     others = other_tensors(weights.shape)
     plain = (plain_piece(weights, name, info, torch.bfloat16) for name, info in others.items())
-    pieces = [soundness.checking(piece, checkpoint) for piece in plain]
+    pieces = [soundness.add_checking(piece, checkpoint) for piece in plain]
     pieces += [_Stack(weights, projection, device).piece() for projection in stacks]
     with compilation_for(sum(projection.values for projection in stacks)):
         written = write_sharded(directory, sort_by_layer(pieces), shard_bytes, "upcast")

@@ -140,12 +140,12 @@ def _project(
     rows = rows.to(weights.dtype)
     result = multiply(rows, weights, groups)
     if factors is not None:
-        a, b = aligned(factors, weights.dtype)
+        a, b = align(factors, weights.dtype)
         result.add_(multiply(multiply(rows, a, groups) * factors.scaling, b, groups))
     return result.add_(getattr(experts, name + BIAS_SUFFIX)[groups.experts])
 
 
-def aligned(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def align(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cast the factors to `dtype`. If rows of r values are not aligned, append zeros to them."""
     more = -factors.b.shape[1] % (_STRIDE_BYTES // dtype.itemsize)
     a, b = factors.a.to(dtype).transpose(1, 2), factors.b.to(dtype)

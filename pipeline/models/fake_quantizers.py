@@ -102,7 +102,7 @@ def _quantize_weight(experts: huggingface._QuantGptOssExperts) -> Iterator[None]
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """Switch off all quantizers of a model inside the block. Weights that were rounded in place stay rounded."""
-    quantizers = [quantizer for _, quantizer in enabled(model)]
+    quantizers = [quantizer for _, quantizer in find_enabled(model)]
     for quantizer in quantizers:
         quantizer.disable()
     try:
@@ -127,7 +127,7 @@ def keep_rounded(model: nn.Module, budget_bytes: float, *, keeps_frozen: bool = 
     base = base_of(model)
     modules = dict(base.named_modules())
     cache = RoundedWeights(budget_bytes)
-    for name, quantizer in enabled(base):
+    for name, quantizer in find_enabled(base):
         state = state_of(quantizer)
         if name.endswith(WEIGHTS):
             owner, _, projection = name.removesuffix(WEIGHTS).rpartition(".")
@@ -190,7 +190,7 @@ def calibrate_importance(model: "PreTrainedModel", calibrate: Calibrate) -> None
         return add
 
     modules = dict(base_of(model).named_modules())
-    weights = {name: module for name, module in enabled(base_of(model)) if name.endswith(WEIGHTS)}
+    weights = {name: module for name, module in find_enabled(base_of(model)) if name.endswith(WEIGHTS)}
     inputs = {name: modules[name.removesuffix(WEIGHTS) + INPUTS] for name in weights}
     hooks = [module.register_forward_hook(hook(name)) for name, module in inputs.items()]
     try:
@@ -211,12 +211,12 @@ def save_state(model: nn.Module, directory: Path) -> None:
     torch.save(_sort_keys(mto.modelopt_state(base_of(model))), directory / STATE_FILE)
     importance = {
         parameter_name(name).removesuffix(WEIGHTS): weight.cpu()
-        for name, module in enabled(base_of(model))
+        for name, module in find_enabled(base_of(model))
         if (weight := state_of(module).importance) is not None
     }
     amax = {
         parameter_name(name): module.amax.cpu()
-        for name, module in enabled(base_of(model))
+        for name, module in find_enabled(base_of(model))
         if name.endswith(INPUTS) and module.amax is not None
     }
     if importance or amax:
@@ -242,7 +242,7 @@ def restore(model: nn.Module, directory: Path, block_format: BlockFormat) -> Non
         state = _load_state(directory / STATE_FILE)
         mto.restore_from_modelopt_state(base_of(model), state)
     calibration = load_calibration(directory)
-    for full_name, module in enabled(base_of(model)):
+    for full_name, module in find_enabled(base_of(model)):
         name = parameter_name(full_name)
         if name in calibration.amax:
             module.amax = calibration.amax[name]
@@ -286,7 +286,7 @@ def count(model: nn.Module, block_format: BlockFormat) -> int:
         for name in EXPERT_WEIGHTS
         for kind, arguments in kinds.items()
     }
-    found = {parameter_name(name): quantizer for name, quantizer in enabled(base)}
+    found = {parameter_name(name): quantizer for name, quantizer in find_enabled(base)}
     wrong = sorted(expected.keys() ^ found.keys()) + [
         f"{name} ({quantizer.backend_extra_args})"
         for name, quantizer in found.items()
@@ -319,7 +319,7 @@ def nvfp4_values(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor
     return torch.stack(experts)
 
 
-def enabled(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
+def find_enabled(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
     """Yield the enabled quantizers of a model with their names."""
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and module.is_enabled:

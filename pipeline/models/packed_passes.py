@@ -184,7 +184,7 @@ class _Adapter:
 
     def __init__(self, factors: Factors, dtype: torch.dtype) -> None:
         self.factors = Factors(factors.a.detach(), factors.b.detach(), factors.scaling)
-        self.a, self.b = expert_products.aligned(self.factors, dtype)
+        self.a, self.b = expert_products.align(self.factors, dtype)
 
     def of(self, part: Part) -> tuple[Tensor, Tensor]:
         """Return A (g, in, r) and B (g, r, out) of some experts. Zeros may be appended to r."""

@@ -39,7 +39,7 @@ class QuantizerCalls:
         Raises:
             CheckFailed: a quantizer did not run, or ran although it is disabled.
         """
-        expected = {parameter_name(name) for name, _ in fake_quantizers.enabled(base_of(model))}
+        expected = {parameter_name(name) for name, _ in fake_quantizers.find_enabled(base_of(model))}
         silent, stray = sorted(expected - self.calls.keys()), sorted(self.calls.keys() - expected)
         if silent or stray:
             raise CheckFailed(

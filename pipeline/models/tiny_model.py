@@ -88,7 +88,9 @@ def create_tiny(directory: Path, tiny: TinyConfig, ranks: Path | None = None) ->
         UserError: the vocabulary is too small for the tokenizer.
     """
     tokenizer = (
-        tiny_tokenizer.train(tiny.vocab_size, tokenizer_corpus()) if ranks is None else tiny_tokenizer.released(ranks)
+        tiny_tokenizer.train(tiny.vocab_size, tokenizer_corpus())
+        if ranks is None
+        else tiny_tokenizer.make_released(ranks)
     )
     with appearing(directory) as unfinished:
         config = write_side_files(unfinished, tiny, tokenizer)

@@ -36,7 +36,7 @@ def write(tokenizer: "PreTrainedTokenizerFast", directory: Path, vocab_size: int
     return {token: ids[token] for token in SPECIAL_TOKENS.values()}
 
 
-def released(ranks: Path) -> "PreTrainedTokenizerFast":
+def make_released(ranks: Path) -> "PreTrainedTokenizerFast":
     """Make the released models' tokenizer from the file `o200k_base.tiktoken`.
 
     Raises:

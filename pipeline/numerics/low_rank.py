@@ -61,14 +61,14 @@ class _Delta(torch.autograd.Function):
         return None, of_a, of_b, None
 
 
-def aligned(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def align(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return A (E, r, in) and B (E, r, out), contiguous float32, for the kernels."""
     return a.detach().float().transpose(1, 2).contiguous(), b.detach().float().contiguous()
 
 
 def _for_each_expert(function: Kernel[Tensor], base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Call a kernel with whole stacks if it is compiled for a GPU. Otherwise, call it with one expert at a time."""
-    rows, columns = aligned(a, b)
+    rows, columns = align(a, b)
     if slabs.works_whole(base):
         found = function.run_compiled(base.detach(), rows, columns, scaling)
         if found is not None:

@@ -69,7 +69,7 @@ def _round_whole(
     kind, rule = block_format.scale_type, block_format.scale_rule
     if not slabs.works_whole(blocks) or rule == "mse":
         return None
-    base = blocks, stored, *low_rank.aligned(a, b), scaling
+    base = blocks, stored, *low_rank.align(a, b), scaling
     amax = stacks.merged_amax.run_compiled(*base, block_format.block_size, dtype)
     if amax is None:
         return None

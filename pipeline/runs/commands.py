@@ -9,7 +9,7 @@ from pipeline.config import ExportTarget, PipelineConfig, Stage
 from pipeline.config.controls import CONTROL_FILE
 from pipeline.config.controls import DIRECTORY as CONTROLS_DIR
 from pipeline.config.groups import RECIPE
-from pipeline.config.overrides import assignment, belongs_to_run, by_key, key_of, override_of, shown
+from pipeline.config.overrides import assignment, belongs_to_run, by_key, key_of, override_of, show_arguments
 from pipeline.config.pipeline import CONTROLS
 from pipeline.config.secrets import has_secret
 from pipeline.runs import launches, own_settings
@@ -142,7 +142,7 @@ def stage_command(
         settings.append(f"recipe={recipe}")
     if run_dir is not None:
         settings.append(assignment("run_dir", run_dir))
-    return shown([*settings, *overrides])
+    return show_arguments([*settings, *overrides])
 
 
 def run_command(stage: Stage, run_dir: str, *overrides: str, recipe: str = PipelineConfig.recipe) -> str:
@@ -158,7 +158,9 @@ def run_command(stage: Stage, run_dir: str, *overrides: str, recipe: str = Pipel
     own = {key: text for key, text in needed.items() if key not in (RECIPE, *by_key(overrides))}
     first = [text for key, text in needed.items() if key == RECIPE]
     more = ["--config-dir", _current.config_dir] if first and _current is not None and _current.config_dir else []
-    return shown([*more, f"stage={stage.name}", *first, assignment("run_dir", run_dir), *own.values(), *overrides])
+    return show_arguments(
+        [*more, f"stage={stage.name}", *first, assignment("run_dir", run_dir), *own.values(), *overrides]
+    )
 
 
 def _is_control(directory: Path) -> bool:
@@ -246,7 +248,7 @@ def resume() -> str:
     if command.is_sweep:
         arguments = [each for each in command.arguments if each != "overwrite=false"]
         asks = any(key_of(each) == "overwrite" for each in arguments)
-        return (launches.prefix() if asks else "") + shown(arguments)
+        return (launches.prefix() if asks else "") + show_arguments(arguments)
     given = by_key(each for each in command.arguments if "=" in each)
     own = [text for key, text in given.items() if not belongs_to_run(key) and key not in _CHOOSES_PLACE]
     if command.pending:

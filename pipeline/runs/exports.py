@@ -146,7 +146,7 @@ def part_of(run: Run, directory: Path) -> str | None:
     """Return the target of an export of this run, or None for any other directory."""
     place = run.place(Stage.export)
     if directory.resolve() == place.resolve():
-        return parts.shown(place)
+        return parts.find_shown(place)
     there = {path.resolve(): target for target, path in parts.complete(place).items()}
     return there.get(directory.resolve())
 

@@ -51,7 +51,7 @@ def complete(place: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def unfinished(place: Path) -> dict[str, Path]:
+def find_unfinished(place: Path) -> dict[str, Path]:
     """Find the parts of a stage that have begun and are not complete: name -> directory, in the order of the names."""
     there = (path.parent for path in sorted(place.glob(f"*/{UNFINISHED_FILE}")))
     return {path.name: path for path in there if not (path / ARTIFACT_FILE).is_file()}
@@ -63,13 +63,13 @@ def newest(place: Path) -> str | None:
     The result is None if no part is complete.
     """
     there = complete(place)
-    name = shown(place)
+    name = find_shown(place)
     if name in there:
         return name
     return max(there, key=lambda each: (there[each] / ARTIFACT_FILE).stat().st_mtime_ns, default=None)
 
 
-def shown(place: Path) -> str | None:
+def find_shown(place: Path) -> str | None:
     """Return the name of the complete part that the stage's directory shows, or None if it shows none."""
     file = place / ARTIFACT_FILE
     if file.is_symlink():
@@ -106,7 +106,7 @@ def resolve(directory: Path) -> Path:
 
     If a file in the place of a link has other bytes than the part's, the directory shows no part but itself.
     """
-    name = None if _is_older(directory) else shown(directory)
+    name = None if _is_older(directory) else find_shown(directory)
     return directory if name is None or _altered(directory, name) else directory / name
 
 
@@ -116,7 +116,7 @@ def restore_links(place: Path) -> None:
     Raises:
         UserError: one of these files is no copy, because it has other bytes.
     """
-    name = None if _is_older(place) else shown(place)
+    name = None if _is_older(place) else find_shown(place)
     if name is None:
         return
     part = place / name
@@ -138,7 +138,7 @@ def _altered(place: Path, name: str) -> list[str]:
 def hide(place: Path, name: str | None = None) -> None:
     """Remove the links to a part, or all links to parts. The link to artifact.json goes first."""
     there = [file for file, target in _links(place) if name in (None, target)]
-    seen = None if _is_older(place) else shown(place)
+    seen = None if _is_older(place) else find_shown(place)
     if seen is not None and name in (None, seen):
         there += [file for file, is_same in _copies(place, seen) if is_same]
     for file in sorted(there, key=lambda file: file != ARTIFACT_FILE):

@@ -39,7 +39,7 @@ def find_unfinished(run: Run, among: Sequence[Stage], models_only: bool = False)
     found = []
     for stage in among:
         if stage.name in parts.STAGES:
-            for target, directory in parts.unfinished(run.place(stage)).items():
+            for target, directory in parts.find_unfinished(run.place(stage)).items():
                 if models_only and target in TARGETS and not TARGETS[target].is_loadable:
                     continue
                 command = run.command(stage, f"export.target={target}", *run.export_source(directory))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.config import PipelineConfig, Stage, composition, listed_names
+from pipeline.config import PipelineConfig, Stage, composition, list_names
 from pipeline.config.groups import RECIPE
 from pipeline.config.overrides import assignment, belongs_to_run, by_key, is_override
 from pipeline.config.secrets import has_secret
@@ -91,7 +91,7 @@ def begin_job(config: PipelineConfig, job: Iterable[str], is_sweep: bool) -> Non
             is_sweep=is_sweep,
             uses_own_settings=_taken is not None,
             config_dir=taken_settings.config_dir(_line) or (_taken[1].config_dir if _taken else None),
-            pending=[config.stage.name] if is_whole else list(listed_names(config.overwrite)),
+            pending=[config.stage.name] if is_whole else list(list_names(config.overwrite)),
         )
     )
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.config import PipelineConfig, Stage, listed_controls, listed_names
+from pipeline.config import PipelineConfig, Stage, list_controls, list_names
 from pipeline.config.controls import DIRECTORY as CONTROLS_DIR
 from pipeline.config.controls import controls_of, overwrite_problem
 from pipeline.errors import UserError
@@ -25,7 +25,7 @@ def check(config: PipelineConfig, stages: Sequence[Stage]) -> None:
     here = Run(config)
     if config.overwrite is True:
         _raise_if_all_would_go(here, stages)
-    if not (named := listed_names(config.overwrite)):
+    if not (named := list_names(config.overwrite)):
         return
     _raise_if_not_run(config, named, stages)
     _raise_if_more_must_go(here, named, stages)
@@ -36,7 +36,7 @@ def _raise_if_not_run(config: PipelineConfig, named: Sequence[str], stages: Sequ
 
     `stage=controls` repeats the check of controls, because it knows whether the source's experts are MXFP4.
     """
-    controls = listed_controls(config.overwrite)
+    controls = list_controls(config.overwrite)
     missing = [name for name in named if name not in {stage.name for stage in stages} and name not in controls]
     if controls and Stage.controls not in stages:
         missing += controls

@@ -65,7 +65,7 @@ def raise_if_asked(after: str) -> None:
         raise Stopped(number, after)
 
 
-def asked() -> signal.Signals | None:
+def find_request() -> signal.Signals | None:
     """Return the signal that arrived inside `deferred`, or None. It is kept until the program stops."""
     return _asked
 

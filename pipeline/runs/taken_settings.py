@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.config import PipelineConfig
 from pipeline.config.groups import RECIPE
-from pipeline.config.overrides import assignment, by_key, is_override, plain_value, shown, swept_values
+from pipeline.config.overrides import assignment, by_key, is_override, plain_value, show_arguments, swept_values
 from pipeline.errors import UserError
 from pipeline.runs import own_settings
 from pipeline.runs.artifacts import CONFIG_FILE, MODEL_STAGES
@@ -69,7 +69,7 @@ def _raise_if_swept_runs_have_settings(given: dict[str, str], arguments: list[st
             raise UserError(
                 f"{given['run_dir']}: a sweep over run_dir does not take the settings that its runs have recorded, and"
                 f" {run_dir} has recorded {shlex.join(ignored)}. Give these settings, too. Or run one command for each"
-                f" run, which takes them: {shown(one)}"
+                f" run, which takes them: {show_arguments(one)}"
             )
 
 
@@ -78,7 +78,7 @@ def _raise_if_recipe_is_needed(directory: Path, run_dir: str, arguments: list[st
     for path in _config_files(directory):
         recipe = _recipe_in(path)
         if recipe not in (None, PipelineConfig.recipe):
-            command = shown([*arguments, f"recipe={recipe}"])
+            command = show_arguments([*arguments, f"recipe={recipe}"])
             raise UserError(
                 f"run_dir={run_dir}: was made with recipe={recipe}, but has no {RECORD_FILE} with its settings. Name"
                 f" the recipe, and all settings that the run changed (their values are in {path}): {command}"

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from pipeline.checkpoints.config_json import read_config
-from pipeline.config import PipelineConfig, QuantizeSource, Stage, leaves_nothing_to_round, listed_controls, rebuilds
+from pipeline.config import PipelineConfig, QuantizeSource, Stage, leaves_nothing_to_round, list_controls, rebuilds
 from pipeline.config.controls import reason_for_none
 from pipeline.doctor import fit, machine
 from pipeline.doctor.facts import Facts
@@ -56,7 +56,7 @@ def _stages(config: PipelineConfig) -> list[Stage]:
 def _run(stage: Stage, config: PipelineConfig) -> Artifact:
     settings = replace(config, stage=stage, overwrite=rebuilds(config.overwrite, stage))
     if stage is Stage.controls and not settings.overwrite:
-        settings = replace(settings, overwrite=",".join(listed_controls(config.overwrite)) or False)
+        settings = replace(settings, overwrite=",".join(list_controls(config.overwrite)) or False)
     if stage is Stage.evaluate and config.evaluate.source is None:
         settings = replace(settings, evaluate=replace(config.evaluate, source="all"))
     return run_stage(settings)

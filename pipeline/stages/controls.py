@@ -15,7 +15,7 @@ from pipeline.config.controls import (
     rebuilds_stage,
 )
 from pipeline.config.pipeline import BF16_PARTS
-from pipeline.errors import CheckFailed, MachineError, UserError, prefixed
+from pipeline.errors import CheckFailed, MachineError, UserError, add_prefix
 from pipeline.models import references, sharding
 from pipeline.runs import commands, controls, up_to_date
 from pipeline.runs.artifacts import Artifact, Kind
@@ -58,7 +58,7 @@ def _make(here: Run, control: Control) -> Artifact:
         controls.prepare(here, control, control.stages)
         artifacts = [_run(here, control, stage) for stage in control.stages]
     except (UserError, CheckFailed, MachineError) as error:
-        raise prefixed(error, f"control {control.name} ({control.origin})") from error
+        raise add_prefix(error, f"control {control.name} ({control.origin})") from error
     commands.mark_begun(control.name)
     return artifacts[-1]
 

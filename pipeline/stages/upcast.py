@@ -122,7 +122,9 @@ def _decode(weights: Weights, directory: Path, config: PipelineConfig) -> _Made:
 
     def piece(name: str, info: TensorInfo) -> Piece:
         found = plain_piece(weights, name, info, torch.bfloat16, device)
-        return soundness.checking(found, weights.checkpoint) if name in stored else largest_codes.counting(found)
+        return (
+            soundness.add_checking(found, weights.checkpoint) if name in stored else largest_codes.add_counting(found)
+        )
 
     pieces = [piece(name, info) for name, info in layout.items()]
     with compilation_for(sum(projection.values for projection in expert_projections(weights.shape))):

@@ -37,7 +37,7 @@ class Preemption(TrainerCallback):
 
 def _share_signal(device: torch.device) -> Signals | None:
     """Return the signal that has reached any process, or None. All processes must stop after the same step."""
-    mine = stopping.asked()
+    mine = stopping.find_request()
     if process_count() == 1:
         return mine
     gathered: Any = gather(torch.tensor([mine or 0], device=device))

@@ -6,7 +6,7 @@ from pathlib import Path
 from scripts.demo_study import plot
 from scripts.demo_study.results import Results
 from scripts.demo_study.tables import TABLES
-from scripts.written_tables import replaced
+from scripts.written_tables import replace_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "demo.json"
@@ -23,7 +23,10 @@ def texts(results: Path) -> dict[Path, str]:
     """
     found = Results.read(results)
     tables = {name: partial(make, found) for name, make in TABLES.items()}
-    return {STORY: replaced(STORY, _SCRIPT, tables), README: replaced(README, _SCRIPT, tables, needs_all=False)}
+    return {
+        STORY: replace_tables(STORY, _SCRIPT, tables),
+        README: replace_tables(README, _SCRIPT, tables, needs_all=False),
+    }
 
 
 def write(results: Path) -> None:

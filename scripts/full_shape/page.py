@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.runs.host_memory import PROGRAM_BYTES
 from scripts.full_shape.plan import BASE, RUNS, RunPlan
-from scripts.written_tables import markdown_table, replaced
+from scripts.written_tables import markdown_table, replace_tables
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "full_shape.md"
 _GIB, _GB = 2**30, 10**9
@@ -25,7 +25,9 @@ def text(results: Path, page: Path = PAGE) -> str:
         ValueError: the page lacks a part, or names a part that does not exist.
     """
     record = json.loads(results.read_text(encoding="utf-8"))
-    return replaced(page, "scripts/demo_full_shape", {name: partial(make, record) for name, make in PARTS.items()})
+    return replace_tables(
+        page, "scripts/demo_full_shape", {name: partial(make, record) for name, make in PARTS.items()}
+    )
 
 
 def write(results: Path, page: Path = PAGE) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from scripts.rounding_study import plots
 from scripts.rounding_study.figures import Results
 from scripts.rounding_study.tables import TABLES
-from scripts.written_tables import replaced
+from scripts.written_tables import replace_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "rounding.md"
@@ -19,7 +19,7 @@ def text(results: Path, page: Path = PAGE) -> str:
         ValueError: the page lacks a table, or names a table that does not exist.
     """
     found = Results.read(results)
-    return replaced(page, "scripts/study_rounding", {name: partial(make, found) for name, make in TABLES.items()})
+    return replace_tables(page, "scripts/study_rounding", {name: partial(make, found) for name, make in TABLES.items()})
 
 
 def write(results: Path, page: Path = PAGE) -> None:

@@ -58,7 +58,7 @@ def train(
 
 
 def _keep_rounded(model: PreTrainedModel) -> RoundedWeights | None:
-    if not any(True for _ in fake_quantizers.enabled(model)):
+    if not any(True for _ in fake_quantizers.find_enabled(model)):
         return None
     return fake_quantizers.keep_rounded(model, math.inf)
 

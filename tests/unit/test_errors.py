@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.errors import RowProblems, UserError, at_most, joined, list_first, user_errors
+from pipeline.errors import RowProblems, UserError, at_most, join_errors, list_first, user_errors
 
 
 def many(count: int, name: str = "row") -> list[str]:
@@ -13,7 +13,7 @@ def test_a_single_problem_is_the_whole_message() -> None:
     for error in (
         user_errors(many(1)),
         user_errors(many(1), most=8),
-        joined([UserError(*many(1))]),
+        join_errors([UserError(*many(1))]),
     ):
         assert str(error) == "row 0: is bad."
         assert (error.problems, error.count) == (["row 0: is bad."], 1)
@@ -56,7 +56,7 @@ def test_a_group_has_no_empty_part(where: str, count: int, reasons: tuple[str, .
 
 
 def test_joined_errors_show_the_lines_and_the_number_of_all() -> None:
-    error = joined([user_errors(many(10, "a"), most=8), UserError("c: is not there."), user_errors(many(2, "b"))])
+    error = join_errors([user_errors(many(10, "a"), most=8), UserError("c: is not there."), user_errors(many(2, "b"))])
     assert str(error).splitlines() == [
         "13 problems:",
         *(f"  - {line}" for line in many(8, "a")),
@@ -68,8 +68,8 @@ def test_joined_errors_show_the_lines_and_the_number_of_all() -> None:
 
 
 def test_an_error_that_several_parts_raise_alike_is_reported_once() -> None:
-    assert str(joined([UserError("disk: full."), UserError("disk: full.")])) == "disk: full."
-    assert joined([user_errors(many(2)), user_errors(many(2)), UserError("x")]).count == 3
+    assert str(join_errors([UserError("disk: full."), UserError("disk: full.")])) == "disk: full."
+    assert join_errors([user_errors(many(2)), user_errors(many(2)), UserError("x")]).count == 3
 
 
 def grouped(*rows: tuple[str, str], most: int = 8) -> str:

@@ -110,7 +110,7 @@ def test_a_piece_is_checked_while_it_is_made(tmp_path: Path) -> None:
     files = write(tmp_path, lambda stored: stored["norm.weight"][7].fill_(NAN))
     for name in ("head.weight", "norm.weight"):
         made = Piece({name: TensorInfo("BF16", files.tensors[name].shape)}, lambda name=name: [step_of(files, name)])
-        checked = soundness.checking(made, files)
+        checked = soundness.add_checking(made, files)
         if name == "head.weight":
             (part,) = shards.make_parts([checked])
             assert torch.equal(part[1], tensors()[name])

@@ -48,7 +48,7 @@ def test_undominated_rows_are_the_pareto_front(tmp_path: Path) -> None:
     names = [f"m{i}" for i in range(30)]
     figures = {name: {"weight_bytes": draw.randint(1, 9), "validation_loss": draw.randint(1, 9)} for name in names}
     every = found(evaluated.run(tmp_path / "run", figures=figures))
-    best = rows.undominated(every, "weight_bytes", "validation_loss", is_higher_better=False)
+    best = rows.list_undominated(every, "weight_bytes", "validation_loss", is_higher_better=False)
 
     def beats(one: rows.Row, other: rows.Row) -> bool:
         differences = [one.figures[name] - other.figures[name] for name in ("weight_bytes", "validation_loss")]

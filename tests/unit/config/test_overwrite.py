@@ -4,7 +4,7 @@ import pytest
 from conftest import run_program
 
 from config.composing import Mistake
-from pipeline.config import PipelineConfig, Stage, listed_controls, rebuilds
+from pipeline.config import PipelineConfig, Stage, list_controls, rebuilds
 from pipeline.config.controls import rebuilds_stage
 
 
@@ -25,7 +25,7 @@ def test_a_list_reaches_the_stage_with_and_without_the_sweep_flag(seen: list[Pip
 @pytest.mark.parametrize("stage", ["all", "controls"])
 def test_a_list_may_have_controls_and_stages_of_controls(stage: str, value: str, seen: list[PipelineConfig]) -> None:
     assert run_program(f"stage={stage}", "recipe=smoke", f"overwrite={value}") == 0
-    assert listed_controls(seen[-1].overwrite) == ("more_sft/quantize", "stochastic")
+    assert list_controls(seen[-1].overwrite) == ("more_sft/quantize", "stochastic")
     assert not rebuilds(seen[-1].overwrite, Stage.controls) and not rebuilds(seen[-1].overwrite, Stage.quantize)
 
 

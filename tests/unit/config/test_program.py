@@ -22,7 +22,7 @@ from pipeline.config import program
 def test_the_name_is_that_of_the_command_that_was_typed(monkeypatch: pytest.MonkeyPatch, typed: str, name: str) -> None:
     monkeypatch.setattr(sys, "argv", [typed])
     assert program.name() == name
-    assert program.named("Use python -m pipeline --help.") == f"Use {name} --help."
+    assert program.name_program("Use python -m pipeline --help.") == f"Use {name} --help."
 
 
 def test_under_the_launcher_hints_name_the_launcher(

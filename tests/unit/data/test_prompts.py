@@ -23,7 +23,7 @@ def turns(*texts: str) -> dict[str, Any]:
 
 
 def normalized(*texts: str) -> str:
-    return prompts.normalized(parse_conversation(turns(*texts), needs_answer=False))
+    return prompts.normalize(parse_conversation(turns(*texts), needs_answer=False))
 
 
 @pytest.mark.parametrize(
@@ -48,13 +48,13 @@ def test_another_question_is_another_prompt(other: str) -> None:
 def test_other_instructions_make_another_prompt() -> None:
     row = turns("Hi?", "Hello.")
     with_system = {"messages": [{"role": "system", "content": "Be kind."}, *row["messages"]]}
-    assert prompts.normalized(parse_conversation(row)) != prompts.normalized(parse_conversation(with_system))
+    assert prompts.normalize(parse_conversation(row)) != prompts.normalize(parse_conversation(with_system))
 
 
 def split(rows: list[dict[str, Any]], **settings: Any) -> tuple[list[str], list[str]]:
     """Split rows, and return the normalized prompts of the training and of the validation rows."""
     config = config_of(jsonl(Path("rows.jsonl"), rows), **settings)
-    return tuple([prompts.normalized(row) for row in part] for part in split_rows(config.data, load(config)))  # type: ignore[return-value]
+    return tuple([prompts.normalize(row) for row in part] for part in split_rows(config.data, load(config)))  # type: ignore[return-value]
 
 
 def asked_again() -> list[dict[str, Any]]:

@@ -82,7 +82,7 @@ def released() -> Iterator[Any]:
         pytest.skip(f"needs shared test data: {RANKS}, in the folder that TIKTOKEN_ENCODINGS_BASE names")
     import openai_harmony
 
-    tokenizer = tiny_tokenizer.released(ranks)
+    tokenizer = tiny_tokenizer.make_released(ranks)
     with patch.object(openai_harmony, "load_harmony_encoding", cache(openai_harmony.load_harmony_encoding)):
         yield tokenizer
 

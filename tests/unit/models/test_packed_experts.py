@@ -84,7 +84,7 @@ def adapted(layer: Layer, rank: int = 8) -> nn.Module:
 def quantized(model: nn.Module, block_format: BlockFormat | None) -> nn.Module:
     if block_format is not None:
         fake_quantizers.insert(model, block_format, lambda _: None)
-        for name, quantizer in fake_quantizers.enabled(model):
+        for name, quantizer in fake_quantizers.find_enabled(model):
             if name.endswith("_input_quantizer"):
                 quantizer.amax = torch.tensor(4.0)
     return model
@@ -122,7 +122,7 @@ def rounded_weights(model: nn.Module, budget: float, batch: tuple[Tensor, ...]) 
     def show(kind: str) -> Any:
         return lambda values, first: found.update({f"{kind} {i}": each.clone() for i, each in enumerate(values, first)})
 
-    for name, quantizer in fake_quantizers.enabled(model):
+    for name, quantizer in fake_quantizers.find_enabled(model):
         state = quantizer_backend.state_of(quantizer)
         state.shows_all = True
         state.observers.append(show(name.rpartition(".")[2]))

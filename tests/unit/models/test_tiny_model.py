@@ -24,7 +24,7 @@ def test_a_model_made_in_small_steps_has_the_same_bytes(
 
 def test_a_vocabulary_that_is_missing_or_too_small_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none: there is no such file\. Give the file o200k_base\.tiktoken"):
-        tiny_tokenizer.released(tmp_path / "none")
+        tiny_tokenizer.make_released(tmp_path / "none")
     with pytest.raises(UserError, match=r"model\.tiny\.vocab_size=100: must be at least 293"):
         tiny_tokenizer.train(100, ["text"])
 
@@ -36,4 +36,4 @@ def test_another_vocabulary_than_the_released_one_is_refused(tmp_path: Path) -> 
     lines = [f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256)]
     ranks.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(UserError, match=r"other\.tiktoken: this is not the vocabulary o200k_base"):
-        tiny_tokenizer.released(ranks)
+        tiny_tokenizer.make_released(ranks)

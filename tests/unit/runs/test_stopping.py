@@ -38,9 +38,9 @@ def test_a_signal_ends_the_program_with_143_and_says_how_to_go_on(
 
 def test_a_deferred_signal_waits_until_the_program_asks(capsys: pytest.CaptureFixture[str]) -> None:
     with stopping.deferred("sft", "after this step"):
-        assert stopping.asked() is None
+        assert stopping.find_request() is None
         send(signal.SIGHUP)
-        assert stopping.asked() is signal.SIGHUP
+        assert stopping.find_request() is signal.SIGHUP
     assert capsys.readouterr().out == "[sft] SIGHUP: stopping after this step\n"
     with pytest.raises(Stopped, match=r"stopped by SIGHUP after stage=sft$"):
         stopping.raise_if_asked(" after stage=sft")
@@ -53,7 +53,7 @@ def test_a_second_signal_does_not_wait() -> None:
     with pytest.raises(Stopped, match="stopped by SIGTERM"), stopping.deferred("sft", "after this step"):
         send(signal.SIGUSR1)
         send(signal.SIGTERM)
-    assert stopping.asked() is None
+    assert stopping.find_request() is None
 
 
 def test_a_signal_in_the_middle_of_a_print_is_stored_without_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_a_signal_in_the_middle_of_a_print_is_stored_without_a_message(monkeypat
     monkeypatch.setattr(stopping, "say", refuse)
     with pytest.raises(Stopped), stopping.deferred("sft", "after this step"):
         send(signal.SIGTERM)
-        assert stopping.asked() is signal.SIGTERM
+        assert stopping.find_request() is signal.SIGTERM
         raise Stopped(signal.SIGTERM)
 
 
