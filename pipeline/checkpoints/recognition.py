@@ -107,7 +107,7 @@ def _describe_config(directory: Path) -> str | None:
 
 
 def find_left_over(directory: Path) -> list[str]:
-    """Describe what is left over from another model in a directory with config.json, and is not used.
+    """Describe unused remains of another model in a directory with config.json.
 
     Trainers copy config.json of the model that they loaded: another tool's quantization, or the name of a wrapper. An
     index is left over if one file was saved beside it.

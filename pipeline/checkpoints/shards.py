@@ -224,7 +224,7 @@ def _is_whole(path: Path, record: _Record, what: str) -> bool:
         return False
     if path.stat().st_size == record["size"] and digest_of(path) == record["digest"]:
         return True
-    warn(what, f"{path}: differs from what was written before the interruption, so it is made again. Check the disk")
+    warn(what, f"{path}: differs from the file before the interruption, so it is made again. Check the disk")
     return False
 
 

@@ -69,7 +69,7 @@ class Rise:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known about an export.
+    """The facts about an export that the rule needs.
 
     Attributes:
         export: name of the export, such as "the MXFP4 export".
@@ -85,7 +85,7 @@ class Evidence:
         left_open: pass rates of the reference -> (prompts on which the export's answer could not be judged, prompts on
             which the reference's could). A missing text cannot be judged, for example if the export stops reasoning.
         rises: losses that training or rounding raised.
-        measured_by: commands that measure what is missing.
+        measured_by: commands that make the missing measurements.
     """
 
     export: str
@@ -121,7 +121,7 @@ def decide(evidence: Evidence, margin: float) -> Decision:
     """Apply the rule of this module.
 
     Args:
-        evidence: what is known about the export.
+        evidence: the facts about the export.
         margin: the margin of non-inferiority, in points of a pass rate.
     """
     found = [*_worse(evidence), *_unverified(evidence), *_unmeasured(evidence), *_undecided(evidence, margin)]

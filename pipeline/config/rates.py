@@ -1,4 +1,4 @@
-"""Compute a learning rate from SFT's: `rate_of_sft`, a resolver of OmegaConf. conf/config.yaml uses it for QAT.
+"""The OmegaConf resolver `rate_of_sft` computes a learning rate from SFT's. conf/config.yaml uses it for QAT.
 
 `${rate_of_sft:0.2}` is a fifth of `sft.learning_rate`. If SFT trains by another method than QAT, SFT's rate is first
 converted by `RELATIVE_RATES`. `${rate_of_sft:{full:0.5,lora:0.2,bf16_parts:0.5}}` names a fraction for each method.

@@ -92,7 +92,7 @@ class Columns:
         return {"messages": messages, **{name: values.get(name) for name in _OPTIONS}, "tools": tools}
 
     def unused_of_row(self) -> Unused:
-        """Return what is not used of the row that `to_chat_row` has converted last."""
+        """Return the unused parts of the row that `to_chat_row` has converted last."""
         return self._unused
 
     def read_expected(self, row: Mapping[str, object]) -> dict[str, str]:
@@ -162,7 +162,7 @@ class Columns:
         return "" if form is None else f" {form.advice(self._key)}"
 
     def _note_unused(self, row: Mapping[str, object], values: Mapping[str, object], has_instructions: bool) -> None:
-        """Remember what is not used. Raise ConversationError if it changes the meaning."""
+        """Remember the unused parts. Raise ConversationError if one of them changes the meaning."""
         columns = self._data.columns
         names = ("messages",) if "messages" in values else ("prompt", "completion")
         messages = {str(getattr(columns, name)): values[name] for name in names if name in values}

@@ -1,4 +1,4 @@
-"""Defines conversations: messages in the chat template's form, with what belongs to them."""
+"""Defines conversations: messages, tools and settings in the form of the chat template."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, cast

@@ -102,8 +102,8 @@ class Rows:
         prompts: hash of each conversation's prompt. Equal prompts have equal hashes, see `prompts.normalize`.
         parts: one pair (data set, number of conversations) for each part of the blend. A single data set is one part.
         validation: number of conversations in the data set for validation, or 0 if there is none.
-        fingerprint: hash of the contents of all conversations, and of what decides which of them train
-            and validate.
+        fingerprint: hash of the contents of all conversations, and of the settings that split them into
+            training and validation.
         unused: for each data set, the columns and keys that are not used.
     """
 

@@ -31,7 +31,7 @@ _REASONING = ("reasoning", "thinking", "reasoning_content", "analysis", "thought
 
 
 class Unused(NamedTuple):
-    """What is not used of a row.
+    """The parts of a row that are not used.
 
     Attributes:
         keys: columns, and keys of messages and tools.
@@ -44,7 +44,7 @@ class Unused(NamedTuple):
 
 @dataclass
 class UnusedCounts:
-    """What is not used of a data set.
+    """The parts of a data set that are not used.
 
     Attributes:
         path: the data set.

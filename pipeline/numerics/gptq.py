@@ -79,8 +79,8 @@ class HessianError(ValueError):
 class Hessians:
     """The mean of x xᵀ over the tokens x of each expert. A factor in front of it would not change GPTQ's result.
 
-    Means keep their size when tokens are added. Each batch is summed by itself before it joins the mean, so float32
-    loses little over many batches. Adding takes 4 in^2 bytes of temporaries, besides the tokens in float32.
+    Means keep their size when tokens are added. The sum of a batch is complete before it is added to the mean, so
+    float32 loses little over many batches. Adding takes 4 in^2 bytes of temporaries, besides the tokens in float32.
 
     Attributes:
         means: shape (E, in, in), float32. Zero for an expert without tokens. It takes 4 E in^2 bytes.

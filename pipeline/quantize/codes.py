@@ -140,5 +140,5 @@ def _is_whole(path: Path) -> bool:
         return False
     if digest.read_bytes() == digest_of(path).encode():
         return True
-    warn("quantize", f"{path}: differs from what was written before the interruption, so it is made again")
+    warn("quantize", f"{path}: differs from the file before the interruption, so it is made again")
     return False

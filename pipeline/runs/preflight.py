@@ -94,7 +94,7 @@ def check(config: PipelineConfig, find_more: FindMore | None = None) -> None:
 
 
 def problems(config: PipelineConfig, machine: Machine) -> list[str]:
-    """Return a message for each mistake, with what to do."""
+    """Return a message for each mistake. It names the remedy."""
     trained = _trained(config)
     found = [*_device_problems(config, machine), *_process_problems(machine, is_training=bool(trained))]
     if trained:

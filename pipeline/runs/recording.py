@@ -51,7 +51,7 @@ def record(run: Run, stage: Stage, settings: Iterable[str]) -> None:
 
 
 def _merge(recorded: dict[str, str], command: Command, settings: list[str]) -> dict[str, str]:
-    """Return the overrides of the run and the command. A command with recipe= forgets those that its stage read."""
+    """Return the overrides of the run and the command. With recipe=, overrides of its stage are dropped."""
     given = own_settings.recordable(command.overrides)
     if command.uses_own_settings:
         return given  # it has the recorded overrides too

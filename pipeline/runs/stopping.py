@@ -1,8 +1,8 @@
 """Stop in order when the system asks for it.
 
 Batch systems and cloud providers announce the end of a job with SIGTERM, SIGHUP or SIGUSR1. By default, these signals
-end a program at once. With `heed_signals`, they raise `Stopped`, and the stage leaves what it can resume. Inside
-`deferred`, the program asks `asked` for the signal, and stops at a place of its choice.
+end a program at once. With `heed_signals`, they raise `Stopped`, and the stage leaves files that it can resume.
+Inside `deferred`, the program calls `find_request`, and stops at a place of its choice.
 """
 
 import signal
@@ -37,7 +37,7 @@ def heed_signals() -> None:
 
 @contextmanager
 def deferred(stage: str, until: str) -> Iterator[None]:
-    """Inside the block, the first signal is only stored for `asked`. A second signal stops the program at once.
+    """Inside the block, the first signal is only stored for `find_request`. A second signal stops the program at once.
 
     Args:
         stage: name of the stage, for the message.

@@ -161,7 +161,7 @@ def raise_if_not_installed(backend: TrackingBackend) -> None:
 
 
 def raise_if_impossible(backend: TrackingBackend) -> None:
-    """Check, before work begins, the packages and the login of the tracker. No service is contacted.
+    """Check the packages and the login of the tracker before work begins. No service is contacted.
 
     Raises:
         UserError: a package is missing, or there is no login.

@@ -29,7 +29,7 @@ def run(config: PipelineConfig) -> Artifact:
     Raises:
         UserError: `overwrite` does not name all stages that must be rebuilt, or names others.
     """
-    config = config.with_target()  # after an export to another target, too
+    config = config.with_target()  # the run may have been exported to another target
     stages = [stage for stage in _stages(config) if _reason_to_skip(stage, config) is None]
     rebuilding.check(config, stages)  # before anything is discarded
     hub.check(config.export)  # check now, because the upload starts hours later

@@ -142,7 +142,7 @@ def serving_problems(directory: Path, base: Path) -> Iterator[str]:
 def statements(
     directory: Path, target: str, found: Mapping[str, object], tensors: Mapping[str, TensorInfo], base: Path
 ) -> list[Statement]:
-    """Compare the description of an export, as its exporter reads it, with what it must say."""
+    """Compare the description of an export, as its exporter reads it, with the expected values."""
     return list(compare(found, expected_config(target, tensors, read_config(base, CONFIG), token_ids(directory))))
 
 

@@ -85,7 +85,7 @@ def check_files(directory: Path, target: str, base: Checkpoint, own: Mapping[str
 
 
 def _configuration_problems(check: Check, directory: Path, target: str, base: Checkpoint) -> list[str]:
-    """Compare the description of an export with what it must say. `check` gets each key with both values."""
+    """Compare the description of an export with the expected values. `check` gets each key with both values."""
     where = directory if EXPORTERS[target].is_one_file else directory / CONFIG
     try:
         found = list(_state(directory, target, base))
@@ -135,7 +135,7 @@ def check_trained_files(directory: Path) -> Check:
 
 
 def _state(directory: Path, target: str, base: Checkpoint) -> Iterator[Statement]:
-    """Compare the description of an export with what it must say, key by key."""
+    """Compare the description of an export with the expected values, key by key."""
     exporter = EXPORTERS[target]
     have, tensors = exporter.read_description(directory), exporter.open(directory).tensors
     if target in RELEASED_TARGETS:

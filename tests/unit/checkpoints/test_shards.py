@@ -321,7 +321,7 @@ def test_a_shard_with_a_flipped_bit_is_named_and_made_again(
 ) -> None:
     flip_one_bit(finished / NAMES[1], at)
     assert convert_again(finished, stacks) == ["two"]
-    told = f"[test] warning: {finished / NAMES[1]}: differs from what was written before the interruption"
+    told = f"[test] warning: {finished / NAMES[1]}: differs from the file before the interruption"
     assert told in capsys.readouterr().err
 
 

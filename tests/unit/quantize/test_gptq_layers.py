@@ -266,7 +266,7 @@ def test_a_damaged_layer_is_made_again(
     path.write_bytes(content)
     run(work, tmp_path / "resumed")
     assert whole == read_files(tmp_path / "resumed")
-    assert f"{path.with_suffix('.safetensors')}: differs from what was written" in capsys.readouterr().err
+    assert f"{path.with_suffix('.safetensors')}: differs from the file before" in capsys.readouterr().err
 
 
 def counted_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
