@@ -16,7 +16,7 @@ from pipeline.numerics.formats import E8M0_BIAS
 from pipeline.numerics.largest_codes import MAGNITUDES, count_largest
 
 SAMPLED_EXPERTS = 2
-"""Number of experts of each stack in a sample. The sample of gpt-oss-20b has 0.6 GB, and that of 120b has 0.9 GB."""
+"""Number of experts of each stack in a sample. The sample has 0.6 GB for 20b, and 0.9 GB for 120b."""
 
 CodeFigures = dict[str, Any]
 """Figures of a checkpoint.

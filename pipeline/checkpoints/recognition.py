@@ -1,4 +1,4 @@
-"""Recognizes what a path holds that is not a gpt-oss checkpoint in Hugging Face's layout, and says what helps."""
+"""Describes a path that is no gpt-oss checkpoint in Hugging Face's layout, and names the remedy."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -30,7 +30,7 @@ _CHECKPOINT = f"Give a checkpoint in safetensors, such as model.path={_SMALL}"
 
 
 def describe_missing(path: str) -> str:
-    """Say what a path is that is not a directory: a file, or nothing. The text continues `model.path=…: `."""
+    """Say whether a path that is not a directory is a file, or does not exist. The text continues `model.path=…: `."""
     file = Path(path).expanduser()
     size = re.search(r"gpt-oss-(20b|120b)", path)
     if not file.is_file():
@@ -63,7 +63,7 @@ def raise_if_other_layout(directory: Path) -> None:
 
 
 def describe_weights(directory: Path) -> str:
-    """Say what a directory with config.json has in place of weights in safetensors."""
+    """Describe the weights of a directory that has config.json, but no weights in safetensors."""
     if any(directory.glob("*.gguf")):
         return f"Its weights are {_GGUF}. {_CHECKPOINT}"
     pickled = sorted(path.name for suffix in PICKLES for path in directory.glob(f"*{suffix}"))

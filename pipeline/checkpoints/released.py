@@ -121,7 +121,7 @@ def _stops_at(directory: Path, token: str) -> bool:
 
 
 def raise_if_unfit(directory: Path) -> None:
-    """Judge the configuration of a source. Of its weights, only names and types are read, if they are here.
+    """Judge the configuration of a source. If its weights are here, their names and types are read.
 
     Raises:
         UserError: `verify` would refuse an export with this configuration, or engines would misread it. All problems

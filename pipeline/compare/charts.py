@@ -314,7 +314,7 @@ _LAYER_FIGURES = (
         "Survival by layer",
         "share (%)",
         is_share=True,
-        description="Among the weights that training moved, the share whose 4-bit code changed.",
+        description="Share of weights whose 4-bit code changed, among the weights that training moved.",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Find the exports of the compared runs, and collect what is known about each: its answers, its proof and its size."""
+"""Find the exports of the compared runs, and collect the answers, the proof and the size of each."""
 
 from dataclasses import dataclass
 

@@ -93,7 +93,7 @@ class EvaluatedRun:
         return None if directory is None else read_facts(directory)
 
     def read_control(self, model: str) -> StageFacts | None:
-        """Read the stage of a control's model. The cost is that of all stages that the control ran itself."""
+        """Read the stage of a control's model. The cost covers all stages that the control ran itself."""
         made = self.read_stage(model)
         if made is None:
             return None

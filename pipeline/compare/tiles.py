@@ -36,7 +36,7 @@ def make_tiles(
     """Make the tiles of an export.
 
     Args:
-        evidence: what is known about the export.
+        evidence: the facts about the export.
         measured: the row with its figures, or None.
         served: size of its weights in memory, in bytes, or None.
         whole: the same of the reference, or None.

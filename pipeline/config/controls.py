@@ -54,7 +54,7 @@ class Control:
 
 
 def is_control(model: str) -> bool:
-    """Return whether the name of a model in the results is that of a control."""
+    """Return whether a model of this name in the results is a control."""
     return model.startswith(f"{DIRECTORY}/")
 
 

@@ -263,7 +263,7 @@ def _format_problems(config: PipelineConfig) -> list[str]:
 def quantize_problems(config: PipelineConfig) -> list[str]:
     """Return a message for each rule that `quantize.method` and `quantize.scales` break.
 
-    Rounded weights must stay what they are when the forward pass and the export round them again.
+    The forward pass and the export round the rounded weights again. This must not change them.
     """
     name, rule = config.format.name.name, config.format.scale_rule.name
     if config.quantize.method is RoundingMethod.gptq and FORMATS[name].quantizes_activations:

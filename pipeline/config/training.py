@@ -44,7 +44,8 @@ class ExpertsImplementation(Enum):
 class Method(Enum):
     """Weights to train: all weights, low-rank adapters on a frozen base, or all weights except the experts' matrices.
 
-    MXFP4 keeps in BF16 what `bf16_parts` trains: attention, routers, norms, embedding, head, sinks and all biases.
+    `bf16_parts` trains the tensors that MXFP4 keeps in BF16: attention, routers, norms, embedding, head, sinks and
+    all biases.
     """
 
     full = "full"
@@ -103,7 +104,7 @@ class TrainConfig:
     """Settings that both training stages have. Each stage adds a few."""
 
     method: Method = Method.full
-    """Train every weight (full), adapters (lora), or what the format keeps in BF16 (bf16_parts: not the experts)."""
+    """Train every weight (full), adapters (lora), or all tensors that the format keeps in BF16 (bf16_parts)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     learning_rate: Annotated[float, POSITIVE] = 2.0e-5
     """Peak learning rate."""

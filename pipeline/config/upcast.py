@@ -20,7 +20,7 @@ class UpcastConfig:
     """Prepare the checkpoint that training starts from."""
 
     experts: Optional[Experts] = None
-    """Form of the experts in training: packed (MXFP4, not for full training) or bf16; null: what the method needs."""
+    """Form of the experts in training: packed (MXFP4, not for full training) or bf16; null: as the method needs."""
     shard_bytes: Annotated[int, POSITIVE] = 5_000_000_000
     """Largest size of one weight file, in bytes."""
 

@@ -161,7 +161,7 @@ def read_rows(run: Run, sources: list[Source], *, lists_unused: bool = True) -> 
 
 
 def _hash(kept: list[Dataset], of_prompts: Numbers, lengths: list[int], validation: int) -> str:
-    """Hash the contents of all rows, and what decides which of them train and validate, except for the settings.
+    """Hash the contents of all rows, and the facts that split them into training and validation, without the settings.
 
     `lengths` has the number of rows of each part of a blend. The weights apply to these parts.
     """

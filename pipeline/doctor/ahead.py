@@ -1,4 +1,4 @@
-"""Find, before the first stage of a command, what a later stage would refuse after hours of training.
+"""Find mistakes before the first stage of a command. A later stage would refuse them after hours of training.
 
 Every check calls the function that the later stage calls. Stages that are complete are not checked.
 """

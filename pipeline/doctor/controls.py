@@ -1,4 +1,4 @@
-"""Compute what the controls of a run need beside the run itself."""
+"""Compute the needs of a run's controls, without the needs of the run itself."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

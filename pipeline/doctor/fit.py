@@ -44,7 +44,7 @@ class Shortage:
 
 
 def findings(facts: Facts) -> list[str]:
-    """Return one message with everything that does not fit, and what to set so that it does. Empty if all fits."""
+    """Return one message that lists all needs that do not fit, and the settings that help. Empty if all fits."""
     found = shortages(facts)
     if not found:
         return []

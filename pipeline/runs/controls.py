@@ -129,7 +129,7 @@ def _staleness(main: Run, artifact: Artifact) -> str | None:
 
 
 def _other_settings(main: Run, directory: Path) -> str | None:
-    """Return the settings of a control that differ from those that the main run's configuration gives it, or None.
+    """Name the settings of a control that differ from the configuration of its main run. None if none differ.
 
     Settings of the data are not compared, because models may be evaluated on other data.
     """

@@ -40,7 +40,7 @@ def find(arguments: list[str]) -> tuple[str, OwnSettings] | None:
 
 
 def extend(arguments: list[str], own: OwnSettings) -> list[str]:
-    """Return the arguments with the recorded overrides in front of those that they give themselves."""
+    """Return the arguments. The recorded overrides stand before the overrides of the command line."""
     given = by_key(argument for argument in arguments if is_override(argument))
     first = next(i for i, argument in enumerate(arguments) if is_override(argument))
     recorded = [override for key, override in own.overrides.items() if key not in given]

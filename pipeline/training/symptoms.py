@@ -1,7 +1,6 @@
 """Find signs of failed training in the lines of metrics.jsonl, and say what to do.
 
-The lines hold figures that training has logged anyway, of the steps before a resume, too. So nothing here waits for a
-GPU.
+Training logs these lines in any case, so nothing here waits for a GPU. Steps before a resume count, too.
 """
 
 import statistics
