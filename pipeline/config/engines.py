@@ -83,8 +83,8 @@ class Engine:
         targets: values of `export.target` that the engine loads. Error messages recommend the first one.
         server: the command for `serve`, or None if `serve` cannot start the engine.
         library: the library for `verify`, or None if `verify` cannot load an export in the engine.
-        renders: value of `data.rendering` that gives the engine's prompts -> the routes, versions or requests that
-            have them, or "" if all have them.
+        renders: value of `data.rendering` -> the routes, versions or requests of the engine whose prompts it gives,
+            or "" if it gives all prompts.
         first_line: how a chat request sets the first line of the system message (`data.model_identity`), or "" if it
             cannot.
     """

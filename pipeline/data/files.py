@@ -29,9 +29,9 @@ KINDS = f"a {', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file, a folde
 """The kinds of data sets on this machine, for messages."""
 
 MOST_ROW_BYTES = 1 << 24
-"""Most bytes of a row of JSON lines, and of a cell or a line of a table. Longer ones are refused."""
+"""Largest size of a row of JSON lines, or of a cell or a line of a table, in bytes. Larger ones are refused."""
 MOST_JSON_BYTES = 1 << 29
-"""Most bytes of a .json file, which is read as a whole."""
+"""Largest size of a .json file, in bytes. Such a file is read as a whole."""
 _HEAD_BYTES = 1 << 12
 _BATCH_BYTES = 1 << 29  # of Parquet, as an upper bound of what is decompressed at a time
 _BATCH_ROWS = (4, 1024)  # least and most rows that are decompressed at a time

@@ -137,7 +137,7 @@ class Wording:
 
     Attributes:
         question: language of the question and of the answer.
-        requested: language that the reasoning is asked for.
+        requested: language that the prompt requests for the reasoning.
         name: number of the name.
         thing: number of the things.
         verbs: number of the verb of each step.
@@ -199,7 +199,7 @@ def draw(split: str, random_numbers: random.Random) -> tuple[Problem, Wording]:
 
 
 def row(problem: Problem, wording: Wording, reasoning: str) -> dict[str, Any]:
-    """Return a row of a data set: a conversation, and the language that its reasoning is asked for.
+    """Return a row of a data set: a conversation, and the language that it requests for the reasoning.
 
     Args:
         problem: the numbers.
@@ -237,9 +237,9 @@ def _reason(problem: Problem, wording: Wording, language: str) -> str:
 def rows(split: str, count: int) -> list[dict[str, Any]]:
     """Return the first rows of a split. Every call returns the same rows. No question occurs twice.
 
-    The languages that the reasoning is asked for take turns.
+    The prompts request the languages of LANGUAGES for the reasoning, one after the other.
 
-    Rows of the split `test` also have the facts that scorers need: `answer`, and `answer_language`.
+    Rows of the split `test` also have the properties that scorers need: `answer` and `answer_language`.
     """
     random_numbers = random.Random(f"word problems, {split}")
     requested = list(LANGUAGES)

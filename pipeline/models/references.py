@@ -284,7 +284,7 @@ def _loadable_export(run: Run) -> str | None:
 
 
 def _is_source_of(directory: Path, upcast: Artifact) -> bool:
-    """Return whether a directory has the contents that an upcast was made from. Its path may be spelled otherwise."""
+    """Return whether a directory has the contents that an upcast was made from. Its path may be another one."""
     return (directory / CONFIG).is_file() and sampled_fingerprint(directory) == upcast.parents["source"]
 
 

@@ -14,9 +14,9 @@ from typing import Any
 from pipeline.errors import UserError
 
 MOST_DEPTH = 100
-"""Most lists and objects inside each other in JSON."""
+"""Largest depth of lists and objects within each other in JSON."""
 MOST_JSON_BYTES = 1 << 28
-"""Most bytes of a JSON file of a model directory. The tokenizer.json of gpt-oss has 28 MB."""
+"""Largest size of a JSON file of a model directory, in bytes. The tokenizer.json of gpt-oss has 28 MB."""
 
 MISSING = "is missing"
 """What `describe_irregular` returns for a path where nothing is."""

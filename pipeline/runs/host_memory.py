@@ -74,7 +74,7 @@ def raise_if_too_small(stage: str, needed: int, what: str, available: int | None
     Args:
         stage: name of the stage, for the message.
         needed: bytes that the processes on this machine need together.
-        what: what takes the memory, for the message.
+        what: the user of the memory, for the message.
         available: bytes that are free. None: measure them.
     """
     free = available_bytes() if available is None else available

@@ -17,9 +17,9 @@ ROUTED = "tokens_per_expert"
 MOST_RISE = 0.05
 """Smallest relative rise of a loss that is reported. A model whose validation loss rose further is not shipped."""
 
-_LEAST_TOKENS = 100  # mean per expert from which an expert without tokens is no accident
+_LEAST_TOKENS = 100  # mean of all experts; below it, an expert without tokens may be an accident
 _SAME = 1e-6  # largest relative difference of losses that count as equal
-_LEAST_LINES = 6  # training losses from which a rise is judged
+_LEAST_LINES = 6  # fewest training losses that show a rise
 _ERRORS = 3.0  # a rise must also have so many standard errors
 
 Line = Mapping[str, float]
