@@ -61,10 +61,10 @@ def for_training(train: TrainConfig, gpu: Capability | None) -> str:
     """
     if train.attn_implementation != AUTO_ATTENTION:
         return train.attn_implementation
-    return candidates(computed_in(train.precision), gpu, packing=train.packing)[0]
+    return candidates(find_compute_type(train.precision), gpu, packing=train.packing)[0]
 
 
-def computed_in(precision: Precision) -> torch.dtype:
+def find_compute_type(precision: Precision) -> torch.dtype:
     """Return the type that attention is computed in during training."""
     return torch.float32 if precision is Precision.fp32 else torch.bfloat16
 
@@ -78,7 +78,7 @@ def for_teacher(student: str, precision: Precision, dtype: torch.dtype) -> str:
         dtype: type of the teacher's weights.
     """
     own = torch.bfloat16 if precision is Precision.mixed_bf16 else dtype
-    return student if own is computed_in(precision) else EAGER
+    return student if own is find_compute_type(precision) else EAGER
 
 
 def for_inference(dtype: torch.dtype) -> str:

@@ -81,7 +81,7 @@ def check(train: TrainConfig, section: str) -> str:
     if train.attn_implementation != AUTO_ATTENTION:
         _check_both(train, section)
         return train.attn_implementation
-    dtype = attention.computed_in(train.precision)
+    dtype = attention.find_compute_type(train.precision)
     *better, last = attention.candidates(dtype, attention.capability(), packing=train.packing)
     chosen = next((name for name in better if _passes(name, train, section)), last)
     if chosen == last:
