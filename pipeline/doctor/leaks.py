@@ -18,7 +18,7 @@ class LeakFigures(TypedDict):
     """
 
     exact: int
-    normalize: int
+    normalized: int
     share: float
     first: list[str]
 
