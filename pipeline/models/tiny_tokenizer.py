@@ -22,7 +22,7 @@ def write(tokenizer: "PreTrainedTokenizerFast", directory: Path, vocab_size: int
     """Write a tokenizer into a model's directory. Return the ids of the Harmony special tokens.
 
     Args:
-        tokenizer: the tokenizer, made by `train` or `released`.
+        tokenizer: the tokenizer, made by `train` or `make_released`.
         directory: directory of the model.
         vocab_size: number of rows of the model's embedding.
 
