@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from pipeline.checkpoints.dtypes import dtype_name
+from pipeline.checkpoints.gpt_oss import GptOssJson, Shape
 from pipeline.errors import UserError
 from pipeline.runs.foreign_files import read_json
 from pipeline.runs.json_files import write_json
@@ -30,6 +31,17 @@ def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds {type(config).__name__}, not an object.")
     return config
+
+
+def read_model(directory: Path) -> GptOssJson:
+    """Read config.json of a gpt-oss model.
+
+    Raises:
+        UserError: as `read_config` and `Shape.of`.
+    """
+    config = read_config(directory)
+    Shape.of(config, directory)
+    return cast(GptOssJson, config)
 
 
 def is_quantized(config: Mapping[str, object]) -> bool:

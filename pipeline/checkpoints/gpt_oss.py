@@ -12,6 +12,7 @@ In both layouts, a block of 32 values runs along `in`. The columns of gate_up al
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypedDict
 
 from pipeline.checkpoints.config_keys import MOST_EXPERTS, MOST_LAYERS, MOST_WIDTH, list_wrong_keys
 from pipeline.checkpoints.dtypes import bytes_per_value
@@ -100,6 +101,20 @@ class TensorInfo:
         for length in self.shape:
             size *= length
         return size
+
+
+class _Sizes(TypedDict):
+    num_hidden_layers: int
+    num_local_experts: int
+    num_experts_per_tok: int
+
+
+class GptOssJson(_Sizes, total=False):
+    """The keys of a gpt-oss config.json that are read by name. `Shape.of` checks their values, and reads the sizes."""
+
+    layer_types: list[str] | None
+    sliding_window: int | None
+    quantization_config: dict[str, object] | None
 
 
 _MOST = {"num_hidden_layers": MOST_LAYERS, "num_local_experts": MOST_EXPERTS}  # of the others: MOST_WIDTH

@@ -3,13 +3,14 @@
 Legend: E = experts, out = output dimension, nb = blocks per row.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from pipeline.checkpoints.gpt_oss import expert_projections
+from pipeline.checkpoints.notes import Note
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import Part, Piece, Step
 from pipeline.numerics.formats import E8M0_BIAS
@@ -45,12 +46,13 @@ class BlockCounts:
         self.codes = [sum(pair) for pair in zip(self.codes, count_largest(blocks).tolist(), strict=True)]
         self._widen(int(scales.min()), int(scales.max()))
 
-    def add_note(self, note: Mapping[str, Any]) -> None:
+    def add_note(self, note: Note) -> None:
         """Add the counts of a note."""
         self.codes = [sum(pair) for pair in zip(self.codes, note["codes"], strict=True)]
-        self._widen(*note["scales"])
+        smallest, largest = note["scales"]
+        self._widen(smallest, largest)
 
-    def note(self) -> dict[str, Any]:
+    def note(self) -> Note:
         """Return the counts, for the note of a piece."""
         return {"codes": self.codes, "scales": list(self.scales)}
 
@@ -96,7 +98,7 @@ def add_counting(piece: Piece) -> Piece:
     return Piece(piece.tensors, steps, counts.note)
 
 
-def total(notes: Iterable[Mapping[str, Any]]) -> CodeFigures | None:
+def total(notes: Iterable[Note]) -> CodeFigures | None:
     """Add up the notes that have counts. Return None if there is no such note."""
     counts = BlockCounts()
     for note in (each for each in notes if "codes" in each):

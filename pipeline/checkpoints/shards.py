@@ -27,6 +27,7 @@ from pipeline.checkpoints.allocator import keep_freed_memory
 from pipeline.checkpoints.direct_io import StreamedFile
 from pipeline.checkpoints.dtypes import bytes_per_value, stored_name
 from pipeline.checkpoints.gpt_oss import TensorInfo
+from pipeline.checkpoints.notes import Note
 from pipeline.errors import UserError
 from pipeline.runs.artifacts import SHARDS_FILE, digest_of
 from pipeline.runs.console import progress, warn
@@ -77,12 +78,12 @@ class Piece:
     Attributes:
         tensors: name -> type and shape, in the order in which the steps make them.
         steps: function that returns the steps. It is called when the piece is about to be read.
-        note: function that returns JSON values to record about the piece, or None. Called after the last step.
+        note: function that returns what to record about the piece, or None. Called after the last step.
     """
 
     tensors: dict[str, TensorInfo]
     steps: Callable[[], Iterable[Step]]
-    note: Callable[[], dict[str, Any] | None] = lambda: None
+    note: Callable[[], Note | None] = lambda: None
 
     @property
     def bytes(self) -> int:
@@ -123,7 +124,7 @@ class Written:
     bytes: int = 0
     files: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
-    notes: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
 
 class _Record(TypedDict):
@@ -132,7 +133,7 @@ class _Record(TypedDict):
     size: int
     digest: str
     tensors: dict[str, str]
-    notes: list[dict[str, Any]]
+    notes: list[Note]
 
 
 def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: str) -> Written:
@@ -347,7 +348,7 @@ class _Shard:
         self._write(view)
         return len(view)
 
-    def finish(self, notes: list[dict[str, Any]]) -> _Record:
+    def finish(self, notes: list[Note]) -> _Record:
         unmade = [name for name, left in self._left.items() if left]
         if unmade:
             raise AssertionError(f"{self.path.name}: never made: {unmade[:3]}")

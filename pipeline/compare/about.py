@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
 
 from pipeline import __version__
 from pipeline.compare.names import ORDER, without_directory
@@ -76,7 +75,7 @@ def _data(path: object) -> str:
     return without_directory(str(path)) if path is not None else "a blend (data.blend)"
 
 
-def _version(made_on: Mapping[str, Any]) -> str:
+def _version(made_on: Mapping[str, object]) -> str:
     commit, mark, changes = str(made_on.get("git_commit") or "").partition("+")
     return f"{__version__}{f', commit {commit[:12]}{mark}{changes}' if commit else ''}"
 

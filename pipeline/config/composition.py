@@ -62,7 +62,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Pipel
         return rules.resolve(composed)
 
 
-def values(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> dict[str, Any]:
+def values(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> dict[str, object]:
     """Return the values of all settings by their full keys, unchecked, for messages.
 
     A value that is not set is `???`. Interpolations such as `${oc.env:TOKEN}` stay as they are written.
@@ -75,8 +75,8 @@ def values(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> dict[s
     return _flat(plain)
 
 
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flat(node: dict[str, object], prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
     for name, value in node.items():
         found.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
     return found

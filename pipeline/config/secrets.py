@@ -9,7 +9,7 @@ but the setting is recorded, because it may be text of the user's data.
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -77,7 +77,7 @@ def has_secret(override: str) -> bool:
     return _without_certain(override) != override
 
 
-def _texts(node: Any) -> Iterator[str]:
+def _texts(node: object) -> Iterator[str]:
     if isinstance(node, str):
         yield node
     elif isinstance(node, (Mapping, list)):

@@ -4,8 +4,7 @@ To add a data set, add a file to conf/data/. No change to this module is needed.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 from pipeline.config import ColumnsConfig, DataConfig
 from pipeline.data import forms, unused
@@ -312,7 +311,7 @@ class Columns:
         return role
 
 
-def _is_among(found: object, values: list[Any], row: Mapping[str, object]) -> bool:
+def _is_among(found: object, values: Sequence[object], row: Mapping[str, object]) -> bool:
     """Return whether a value of the row is one of `values`. A cell of a CSV or TSV file matches also as a number."""
     if found in values:
         return True
@@ -346,7 +345,7 @@ def _has_null_arguments(messages: object) -> bool:
     return any(value is None for arguments in found if isinstance(arguments, dict) for value in arguments.values())
 
 
-def _objects(values: object) -> list[dict[str, Any]]:
+def _objects(values: object) -> list[dict[str, object]]:
     """Return the objects of a list. Other values have no objects."""
     return [value for value in values if isinstance(value, dict)] if isinstance(values, (list, tuple)) else []
 

@@ -1,7 +1,7 @@
 """Defines conversations: messages, tools and settings in the form of the chat template."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict, cast
+from typing import TypedDict, cast
 
 from pipeline.runs.json_files import Json
 
@@ -23,6 +23,24 @@ class ToolCall(TypedDict):
 
     type: str
     function: Function
+
+
+class _NameAndDescription(TypedDict):
+    name: str
+    description: str
+
+
+class FunctionSchema(_NameAndDescription, total=False):
+    """A function that the model may call. `parameters` is a JSON schema, without which the function has none."""
+
+    parameters: dict[str, object]
+
+
+class Tool(TypedDict):
+    """A function in the chat template's form. `type` is always "function"."""
+
+    type: str
+    function: FunctionSchema
 
 
 class _RoleAndContent(TypedDict):
@@ -68,7 +86,7 @@ class Conversation:
     """
 
     messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
     reasoning_effort: str | None = None
     reasoning_language: str | None = None
     merged_instructions: bool = False

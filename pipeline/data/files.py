@@ -241,7 +241,7 @@ def _skip_space(text: str, position: int) -> int:
     return found.end()
 
 
-def _rows_in(path: Path, value: Mapping[str, Any], split: str) -> list[object]:
+def _rows_in(path: Path, value: Mapping[str, object], split: str) -> list[object]:
     """Return the rows in a JSON object: its list for `split`, or its only list. Without lists, the object is a row.
 
     Raises:

@@ -2,10 +2,11 @@
 
 import math
 import re
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import cast
 
 from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
-from pipeline.data.conversations import ConversationError, ToolCall
+from pipeline.data.conversations import ConversationError, FunctionSchema, Tool, ToolCall
 from pipeline.runs.foreign_files import MOST_DEPTH, is_too_deep, parse_json
 from pipeline.runs.json_files import Json
 
@@ -98,7 +99,7 @@ def _arguments(where: str, value: object) -> dict[str, object]:
     return value
 
 
-def parse_tools(tools: object) -> list[dict[str, Any]] | None:
+def parse_tools(tools: object) -> list[Tool] | None:
     """Check the functions that a row offers: a list of schemas, the JSON text of such a list, or nothing.
 
     Raises:
@@ -116,7 +117,7 @@ def parse_tools(tools: object) -> list[dict[str, Any]] | None:
     return [{"type": "function", "function": _schema(f"tools[{i}]", tool)} for i, tool in enumerate(tools)]
 
 
-def _schema(where: str, tool: dict[str, Any]) -> dict[str, Any]:
+def _schema(where: str, tool: Mapping[str, object]) -> FunctionSchema:
     kind = tool.get("type")
     if isinstance(kind, str) and kind != "function":
         raise ConversationError(f"{where} is of type {kind!r}, but the model calls only functions")
@@ -131,4 +132,4 @@ def _schema(where: str, tool: dict[str, Any]) -> dict[str, Any]:
     schema["name"] = strip_namespace(schema["name"])
     check_name(where, schema["name"])
     check_json("'tools'", schema)
-    return schema
+    return cast(FunctionSchema, schema)

@@ -8,13 +8,15 @@ output in the engines, so training uses it unchanged.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
+
+from pipeline.data.conversations import FunctionSchema
 
 _TYPES = {"number": "number", "integer": "number", "boolean": "boolean"}
 _EXPONENT = re.compile(r"(\d)(?:\.(\d+))?e([+-]\d+)")
 
 
-def declare_functions(schemas: Sequence[Mapping[str, Any]]) -> str:
+def declare_functions(schemas: Sequence[FunctionSchema]) -> str:
     """Return the section `# Tools` of the developer message. Each schema has a name, and may have parameters."""
     lines = ["# Tools\n", "## functions\n", "namespace functions {\n"]
     for schema in schemas:
@@ -59,7 +61,7 @@ def _variant(schema: object, indent: str) -> str:
     return f"{text} // {' '.join(comments)}" if comments else text
 
 
-def _object(schema: Mapping[str, Any], indent: str) -> str:
+def _object(schema: Mapping[str, object], indent: str) -> str:
     description = schema.get("description")
     opening = f"{indent}// {description}\n" if isinstance(description, str) else ""
     properties, required = schema.get("properties"), schema.get("required")
@@ -71,7 +73,7 @@ def _object(schema: Mapping[str, Any], indent: str) -> str:
 
 def _property(name: str, value: object, indent: str) -> str:
     """Return one property of an object, with the comments above it. It ends with a line break."""
-    schema: Mapping[str, Any] = value if isinstance(value, dict) else {}
+    schema: Mapping[str, object] = value if isinstance(value, dict) else {}
     above = _comments_above(schema, indent)
     if isinstance(schema.get("oneOf"), list):
         return above + _alternatives(name, schema, indent)
@@ -81,7 +83,7 @@ def _property(name: str, value: object, indent: str) -> str:
     return f"{text}\n"
 
 
-def _comments_above(schema: Mapping[str, Any], indent: str) -> str:
+def _comments_above(schema: Mapping[str, object], indent: str) -> str:
     title, description, examples = (schema.get(key) for key in ("title", "description", "examples"))
     lines = [f"// {title}", "//"] if isinstance(title, str) else []
     if "oneOf" not in schema and isinstance(description, str):
@@ -91,9 +93,9 @@ def _comments_above(schema: Mapping[str, Any], indent: str) -> str:
     return "".join(f"{indent}{line}\n" for line in lines)
 
 
-def _alternatives(name: str, schema: Mapping[str, Any], indent: str) -> str:
+def _alternatives(name: str, schema: Mapping[str, object], indent: str) -> str:
     """Return a property with a `oneOf`: one alternative on each line."""
-    variants = cast(list[Any], schema["oneOf"])
+    variants = cast(list[object], schema["oneOf"])
     own = schema.get("description") if isinstance(schema.get("description"), str) else None
     firsts = variants[0].get("description") if variants and isinstance(variants[0], dict) else None
     is_above = own is not None and own != firsts
@@ -102,7 +104,7 @@ def _alternatives(name: str, schema: Mapping[str, Any], indent: str) -> str:
         lines.append(f"// default: {_default(schema['default'], is_enum=_is_enum(schema))}")
     lines.append(f"{name}:")
     for i, variant in enumerate(variants):
-        inner: Mapping[str, Any] = variant if isinstance(variant, dict) else {}
+        inner: Mapping[str, object] = variant if isinstance(variant, dict) else {}
         described = inner.get("description")
         shows = isinstance(described, str) and described != own and not (i == 0 and is_above)
         comments = [described] if shows else []
@@ -113,11 +115,11 @@ def _alternatives(name: str, schema: Mapping[str, Any], indent: str) -> str:
     return "".join(f"{indent}{line}\n" for line in [*lines, ","])
 
 
-def _or_null(schema: Mapping[str, Any], text: str) -> str:
+def _or_null(schema: Mapping[str, object], text: str) -> str:
     return f"{text} | null" if schema.get("nullable") is True and "null" not in text else text
 
 
-def _is_enum(schema: Mapping[str, Any]) -> bool:
+def _is_enum(schema: Mapping[str, object]) -> bool:
     return isinstance(schema.get("enum"), list) and bool(schema["enum"])
 
 

@@ -6,7 +6,7 @@ Each is reported once, with its number of rows. A column that changes the meanin
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipeline.config import ColumnsConfig
 from pipeline.data.conversations import ConversationError
@@ -199,8 +199,8 @@ def _unused_in_tool(tool: object) -> Iterator[str]:
         yield from _others(tool.get("function"), _SCHEMA_KEYS, "function")
 
 
-def _others(value: Any, known: frozenset[str], where: str) -> Iterator[str]:
+def _others(value: object, known: frozenset[str], where: str) -> Iterator[str]:
     """Yield the keys of an object that have a value and are not known."""
-    for key in value if isinstance(value, dict) else ():
-        if key not in known and value[key] not in (None, "", []):
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        if key not in known and inner not in (None, "", []):
             yield f"{where}.{key}" if where else str(key)

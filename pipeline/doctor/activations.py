@@ -5,6 +5,10 @@ Weights, gradients and optimizer states are not included, because `needs` comput
 The estimates follow the tensors that transformers' eager implementation makes. They are compared with recorded
 measurements in the tests.
 
+With gradient checkpointing, a layer keeps only its input until its backward pass. The input has B·T·H·a bytes. The
+backward pass of the layer computes the activations again. The peak is in a layer's attention, in its experts, or in the
+gradient of the head.
+
 Legend: B = batch size, T = tokens of the longest example, H = hidden size, I = intermediate size, N = query heads,
 K = experts per token, E = experts, a = bytes per activation.
 """
@@ -47,10 +51,6 @@ def estimate(
 
     Activations are the values kept for the backward pass, and the working memory of the busiest layer.
 
-    With gradient checkpointing, a layer keeps only its input until its backward pass. The input has B·T·H·a bytes. The
-    backward pass of the layer computes the activations again. The peak is in a layer's attention, in its experts, or in
-    the gradient of the head.
-
     Args:
         shape: sizes of the model.
         train: settings of the stage.
@@ -66,13 +66,8 @@ def estimate(
     width = compute_width(train)
     layers, hidden = shape.num_hidden_layers, shape.hidden_size
     vectors = width * places * _vector_values(shape, experts_per_token)
-    scores = (
-        (_FP32_BYTES if is_cast else width)
-        * (attention.for_training(train, _capability() if on_gpu else None) == attention.EAGER)
-        * shape.num_attention_heads
-        * tokens
-        * places
-    )
+    is_eager = attention.for_training(train, _capability() if on_gpu else None) == attention.EAGER
+    scores = (_FP32_BYTES if is_cast else width) * is_eager * shape.num_attention_heads * tokens * places
     stacks = _decoded_bytes(shape, width, on_gpu) if is_packed else _stack_bytes(shape, train, is_quantized, is_cast)
     busiest = vectors + max(scores * _SCORE_COPIES, stacks.working)
     head = shape.vocab_size * hidden * _FP32_BYTES if train.method is not Method.lora else 0

@@ -3,12 +3,11 @@
 Every check calls the function that the later stage calls. Stages that are complete are not checked.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pipeline.checkpoints.config_json import read_config
-from pipeline.checkpoints.gpt_oss import Shape, expert_projections
+from pipeline.checkpoints.config_json import read_model
+from pipeline.checkpoints.gpt_oss import GptOssJson, Shape, expert_projections
 from pipeline.checkpoints.recognition import describe_missing
 from pipeline.config import (
     LoraConfig,
@@ -108,7 +107,7 @@ def _check_model(found: Attempts, here: Run, trained: dict[str, TrainConfig]) ->
     directory = found.attempt(lambda: source.locate_without_weights(here, config.model))
     if directory is None:
         return
-    model = read_config(directory)
+    model = read_model(directory)
     shape = Shape.of(model, directory)
     for name, train in trained.items():
         if train.method is Method.lora:
@@ -125,7 +124,7 @@ def _raise_if_no_layer(lora: LoraConfig, shape: Shape, section: str) -> None:
         raise UserError(problem)
 
 
-def _check_export(found: Attempts, config: PipelineConfig, model: Mapping[str, Any], directory: Path) -> None:
+def _check_export(found: Attempts, config: PipelineConfig, model: GptOssJson, directory: Path) -> None:
     from pipeline.export import EXPORTERS
     from pipeline.export.weights import raise_if_not_divisible
 
@@ -135,7 +134,7 @@ def _check_export(found: Attempts, config: PipelineConfig, model: Mapping[str, A
     found.attempt(lambda: EXPORTERS[config.export.layout.name].check_source(model, directory))
 
 
-def _raise_if_too_small(here: Run, model: Mapping[str, Any], stage: str) -> None:
+def _raise_if_too_small(here: Run, model: GptOssJson, stage: str) -> None:
     """Compare a training stage with the machine, by the report of `doctor`, or else without activations."""
     free = machine.figures(here.directory)
     known = _report(here)

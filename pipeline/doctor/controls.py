@@ -1,19 +1,16 @@
 """Compute the needs of a run's controls, without the needs of the run itself."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from pipeline.checkpoints.config_json import is_quantized
-from pipeline.checkpoints.gpt_oss import Shape
+from pipeline.checkpoints.gpt_oss import GptOssJson, Shape
 from pipeline.config import Stage
 from pipeline.doctor import device_memory, needs
 from pipeline.doctor.needs import ControlFigures
 from pipeline.doctor.plan import Plan
 
 
-def figures(
-    plan: Plan, stages: Sequence[Stage], model: Mapping[str, Any], longest: int, processes: int
-) -> ControlFigures:
+def figures(plan: Plan, stages: Sequence[Stage], model: GptOssJson, longest: int, processes: int) -> ControlFigures:
     """Compute the needs of one control.
 
     Args:

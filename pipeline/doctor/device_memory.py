@@ -4,11 +4,10 @@
 memory, and the reason is reported.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
-from pipeline.checkpoints.gpt_oss import Shape
+from pipeline.checkpoints.gpt_oss import GptOssJson, Shape
 from pipeline.config import Sharding, Stage
 from pipeline.doctor import needs, peaks
 from pipeline.doctor.fake_run import BACKWARD, FORWARD, OPTIMIZER, Job
@@ -23,7 +22,7 @@ _SMALLEST = 10**9  # parameters; smaller models fit everywhere, so they are only
 
 
 def figures(
-    plan: Plan, model: Mapping[str, Any], longest: int, processes: int, *, is_measured: bool = True
+    plan: Plan, model: GptOssJson, longest: int, processes: int, *, is_measured: bool = True
 ) -> dict[str, DeviceFigures]:
     """Compute the memory of each training stage of a run.
 
@@ -40,9 +39,7 @@ def figures(
     return dict(zip(stages, found, strict=True))
 
 
-def of_stages(
-    trainings: Sequence[tuple[Plan, str, int]], model: Mapping[str, Any], longest: int
-) -> list[DeviceFigures]:
+def of_stages(trainings: Sequence[tuple[Plan, str, int]], model: GptOssJson, longest: int) -> list[DeviceFigures]:
     """Compute the memory of each training, in the given order. A training is (plan, name of the stage, processes)."""
     if needs.parameters(Shape.of(model, trainings[0][0].model_path))["all"] < _SMALLEST:
         return _estimated(trainings, model, longest, f"the model has fewer than {_SMALLEST:,} parameters")
@@ -54,13 +51,13 @@ def of_stages(
 
 
 def _estimated(
-    trainings: Sequence[tuple[Plan, str, int]], model: Mapping[str, Any], longest: int, reason: str
+    trainings: Sequence[tuple[Plan, str, int]], model: GptOssJson, longest: int, reason: str
 ) -> list[DeviceFigures]:
     sizes = [estimate(plan, stage, model, longest, processes) for plan, stage, processes in trainings]
     return [{"bytes": size, "phases": {}, "estimated_because": reason} for size in sizes]
 
 
-def _full_cache(plan: Plan, stage: str, model: Mapping[str, Any], longest: int) -> int:
+def _full_cache(plan: Plan, stage: str, model: GptOssJson, longest: int) -> int:
     """Return the size of the cache of rounded weights if not all of them fit into it, else 0.
 
     The memory of such a cache does not grow with the number of layers. So `peaks`, which extrapolates from a few
@@ -81,7 +78,7 @@ def _figures(found: Peaks | NotMeasured, estimated: int, buckets: int, cache: in
     return {"bytes": max(phases.values()), "phases": phases, "estimated_because": ""}
 
 
-def _bucket_bytes(training: tuple[Plan, str, int], model: Mapping[str, Any]) -> int:
+def _bucket_bytes(training: tuple[Plan, str, int], model: GptOssJson) -> int:
     """Return how many bytes the gradient buckets of DistributedDataParallel take. One process has no buckets."""
     plan, stage, processes = training
     if plan.sharding is not Sharding.none or processes == 1:
@@ -89,13 +86,13 @@ def _bucket_bytes(training: tuple[Plan, str, int], model: Mapping[str, Any]) -> 
     return needs.gradient_bytes(Shape.of(model, plan.model_path), plan.trainings[stage])
 
 
-def estimate(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, processes: int) -> int:
+def estimate(plan: Plan, stage: str, model: GptOssJson, longest: int, processes: int) -> int:
     """Estimate the peak bytes of each GPU from the shapes and the settings. Arguments are those of `figures`."""
     alone = needs.of_stage(plan, stage, model, longest).on_each(processes, STRATEGIES[plan.sharding].sharded)
     return alone + _bucket_bytes((plan, stage, processes), model)
 
 
-def least(plan: Plan, stage: str, model: Mapping[str, Any], processes: int) -> int:
+def least(plan: Plan, stage: str, model: GptOssJson, processes: int) -> int:
     """Compute the bytes of weights, gradients, optimizer and teacher on each GPU. They do not depend on the data."""
     parts = replace(needs.of_stage(plan, stage, model, 1), activations=0, rounded=0, gathered=0)
     return parts.on_each(processes, STRATEGIES[plan.sharding].sharded)
@@ -105,11 +102,11 @@ def _cache_bytes(plan: Plan) -> float:
     return rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding, on_gpu=plan.on_gpu)
 
 
-def _job(plan: Plan, stage: str, processes: int, model: Mapping[str, Any], longest: int, *, has_cache: bool) -> Job:
+def _job(plan: Plan, stage: str, processes: int, model: GptOssJson, longest: int, *, has_cache: bool) -> Job:
     train, tokens = as_batched(plan.trainings[stage], longest, plan.data.max_length)
     is_quantized = stage == Stage.qat.name
     return Job(
-        model=dict(model),
+        model=model,
         stage=stage,
         train=train,
         tokens=tokens,

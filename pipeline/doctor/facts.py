@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict, cast
+from typing import NotRequired, TypedDict, cast
 
+from pipeline.checkpoints.gpt_oss import GptOssJson
 from pipeline.checkpoints.largest_codes import CodeFigures
 from pipeline.doctor.content import ControlTextFigures, CopyFigures, ReasoningFigures, ToolFigures, UntrainedFigures
 from pipeline.doctor.leaks import LeakFigures
@@ -82,14 +83,12 @@ class Facts:
     needs: NeedFigures
     machine: Mapping[str, int]
     plan: Plan
-    model: Mapping[str, Any]
+    model: GptOssJson
     run: Run
     largest_codes: CodeFigures | None = None
 
     @classmethod
-    def of(
-        cls, report: DoctorRecord, machine: Mapping[str, int], plan: Plan, model: Mapping[str, Any], run: Run
-    ) -> "Facts":
+    def of(cls, report: DoctorRecord, machine: Mapping[str, int], plan: Plan, model: GptOssJson, run: Run) -> "Facts":
         """Combine the figures of a report with the present state of the machine."""
         data, needs = cast(DataFigures, report.data), cast(NeedFigures, report.needs)
         return cls(data, needs, machine, plan, model, run, report.largest_codes)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.checkpoints.gpt_oss import GptOssJson
 from pipeline.config import LoraConfig, Method, Precision, QatConfig, Sharding, TrainConfig
 from pipeline.doctor import fake_gpu, forks, low_bit_adam
 from pipeline.doctor.live_memory import LiveMemory
@@ -62,7 +63,7 @@ class Job:
         on_gpu: whether the run trains on a GPU. Otherwise the fake GPU stands for the host.
     """
 
-    model: dict[str, Any]
+    model: GptOssJson
     stage: str
     train: TrainConfig
     tokens: int
@@ -182,9 +183,8 @@ def _make_plain(job: Job, size: Size) -> "PreTrainedModel":
     from pipeline.models import attention, packed_experts, sink_attention  # noqa: F401  registers fused_sinks
     from pipeline.models.loading import TRAIN_DTYPES
 
-    known = {name: value for name, value in job.model.items() if name != "quantization_config"}
-    types = known.get("layer_types")
-    known |= {"num_hidden_layers": size.layers, "layer_types": types[: size.layers] if types else None}
+    known: dict[str, Any] = {name: value for name, value in job.model.items() if name != "quantization_config"}
+    known |= {"num_hidden_layers": size.layers, "layer_types": (known.get("layer_types") or [])[: size.layers] or None}
     dtype = TRAIN_DTYPES[job.train.precision]
     # FSDP2 moves the layers to the GPU one by one. Fake tensors cannot be moved, so they are created on the GPU.
     with torch.device("cuda" if job.processes > 1 else "cpu"):
@@ -257,7 +257,7 @@ def _step(
     """
     backward = trainer.accelerator.backward
 
-    def in_phase(loss: Tensor, **arguments: Any) -> None:
+    def in_phase(loss: Tensor, **arguments: object) -> None:
         with memory.phase(BACKWARD):
             backward(loss, **arguments)
 

@@ -39,7 +39,7 @@ def run(function: Callable[[Request], Result], requests: Sequence[Request], *, a
     return [results[number] for number in range(len(requests))]
 
 
-def _report(send: Any, function: Callable[[Request], object], request: Request) -> None:
+def _report(send: connection.Connection, function: Callable[[Request], object], request: Request) -> None:
     try:
         send.send(function(request))
     except Exception as error:  # noqa: BLE001 - every error is the reason why there is no result

@@ -5,15 +5,16 @@ a device's memory. Fragmentation and the CUDA context are not included. `Memory.
 the number of processes. All other figures assume that each device holds these parts completely.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 from pipeline.checkpoints.config_json import is_quantized
 from pipeline.checkpoints.dtypes import TRAIN_TYPES, bytes_per_value
 from pipeline.checkpoints.gpt_oss import (
     ATTENTION_PROJECTIONS,
+    GptOssJson,
     Shape,
     TensorInfo,
     attention_projection,
@@ -189,23 +190,15 @@ def memory(
     """Compute the bytes that one device holds while it trains.
 
     Args:
-        shape: sizes of the model.
-        train: section `sft` or `qat` of the configuration.
-        tokens, experts_per_token: tokens in a row of a batch, and experts that the router chooses for each token.
-        is_quantized: whether fake quantizers run (QAT).
+        shape, train, tokens, experts_per_token, is_quantized, is_packed, on_gpu: as for `activations.estimate`.
         rounded_budget: size limit of the fake quantizers' cache of rounded weights, in bytes.
-        gathers: whether parameters are sharded. Sharded parameters are gathered while they are used.
-        is_packed: whether the experts stay packed.
+        gathers: whether parameters are sharded. They are gathered while they are used.
         has_own_base: whether the teacher cannot use the base of the model in training.
-        on_gpu: whether the device is a GPU. Otherwise it is the host.
     """
-    every, trained = _count(plain_tensors(shape)), trained_parameters(shape, train)
-    width, is_adapted = bytes_per_value(TRAIN_TYPES[train.precision]), train.method is Method.lora
-    changing = _changing_experts(shape, train) if is_quantized else 0
-    model = loaded_bytes(shape, width, stays_packed=is_packed)
+    model = loaded_bytes(shape, bytes_per_value(TRAIN_TYPES[train.precision]), stays_packed=is_packed)
     return Memory(
-        weights=model + (trained * _ADAPTER_BYTES if is_adapted else 0),
-        gradients=trained * _trained_width(train),
+        weights=model + (trained_parameters(shape, train) * _ADAPTER_BYTES if train.method is Method.lora else 0),
+        gradients=gradient_bytes(shape, train),
         optimizer=state_bytes(shape, train) + _holder_bytes(shape, train),
         activations=activations.estimate(
             shape,
@@ -217,14 +210,20 @@ def memory(
             is_packed=is_packed,
             on_gpu=on_gpu,
         ),
-        rounded=int(min(rounded_budget, changing * (_PACKED_BYTES if is_packed else activations.compute_width(train)))),
+        rounded=_cached_bytes(shape, train, rounded_budget, is_packed=is_packed) if is_quantized else 0,
         gathered=activations.gathered_bytes(shape, train, model) if gathers else 0,
-        teacher=every * width if _has_teacher(train) and (has_own_base or not is_packed) else 0,
+        teacher=_teacher_bytes(shape, train) if has_own_base or not is_packed else 0,
     )
 
 
-def _has_teacher(train: TrainConfig) -> bool:
-    return isinstance(train, QatConfig) and train.distillation.weight > 0
+def _cached_bytes(shape: Shape, train: TrainConfig, budget: float, *, is_packed: bool) -> int:
+    width = _PACKED_BYTES if is_packed else activations.compute_width(train)
+    return int(min(budget, _changing_experts(shape, train) * width))
+
+
+def _teacher_bytes(shape: Shape, train: TrainConfig) -> int:
+    has_teacher = isinstance(train, QatConfig) and train.distillation.weight > 0
+    return _count(plain_tensors(shape)) * bytes_per_value(TRAIN_TYPES[train.precision]) if has_teacher else 0
 
 
 def gradient_bytes(shape: Shape, train: TrainConfig) -> int:
@@ -334,14 +333,14 @@ def rounded_layers(plan: Plan, shape: Shape, longest: int, experts_per_token: in
     return int(parameters(shape)["experts"] * plan.block_format.bits_per_value / 8) + 2 * states
 
 
-def kept_layers(plan: Plan, model: Mapping[str, Any], longest: int) -> int:
+def kept_layers(plan: Plan, model: GptOssJson, longest: int) -> int:
     """Compute the bytes of `rounded_layers` of a run. 0 if its rounding keeps no layers. Arguments as for `figures`."""
     if plan.quantize.method not in (RoundingMethod.gptq, RoundingMethod.auto):
         return 0
-    return rounded_layers(plan, Shape.of(model, plan.model_path), longest, int(model["num_experts_per_tok"]))
+    return rounded_layers(plan, Shape.of(model, plan.model_path), longest, model["num_experts_per_tok"])
 
 
-def figures(plan: Plan, model: Mapping[str, Any], longest: int, devices: dict[str, DeviceFigures]) -> NeedFigures:
+def figures(plan: Plan, model: GptOssJson, longest: int, devices: dict[str, DeviceFigures]) -> NeedFigures:
     """Compute the needs of a run.
 
     Args:
@@ -366,14 +365,14 @@ def figures(plan: Plan, model: Mapping[str, Any], longest: int, devices: dict[st
     }
 
 
-def of_stage(plan: Plan, stage: str, model: Mapping[str, Any], longest: int) -> Memory:
+def of_stage(plan: Plan, stage: str, model: GptOssJson, longest: int) -> Memory:
     """Estimate the bytes on one device while a stage trains. Arguments are those of `figures`."""
     train, tokens = as_batched(plan.trainings[stage], longest, plan.data.max_length)
     return memory(
         Shape.of(model, plan.model_path),
         train,
         tokens=tokens,
-        experts_per_token=int(model["num_experts_per_tok"]),
+        experts_per_token=model["num_experts_per_tok"],
         is_quantized=stage == Stage.qat.name,
         rounded_budget=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding, on_gpu=plan.on_gpu),
         gathers=STRATEGIES[plan.sharding].gathers,

@@ -16,15 +16,15 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
 from pipeline.config import RenderingForm
 from pipeline.data import harmony
-from pipeline.data.conversations import INSTRUCTIONS, Conversation, Message, add_language, is_final, is_trained
+from pipeline.data.conversations import INSTRUCTIONS, Conversation, Message, Tool, add_language, is_final, is_trained
 from pipeline.data.harmony import Rendering
 from pipeline.data.harmony_text import CALL_TYPE
 from pipeline.data.tokenizers import Tokenizer
@@ -174,7 +174,7 @@ class _Oracle:
             messages.append(h.Message.from_role_and_content(h.Role.DEVELOPER, developer))
         return messages
 
-    def _tool(self, tool: Mapping[str, Any]) -> "openai_harmony.ToolDescription":
+    def _tool(self, tool: Tool) -> "openai_harmony.ToolDescription":
         function = tool["function"]
         return self._harmony.ToolDescription.new(
             function["name"], function["description"], parameters=function.get("parameters")

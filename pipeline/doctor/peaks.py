@@ -104,7 +104,7 @@ def _sizes(job: Job) -> list[Size]:
 
 
 def _whole(job: Job) -> Size:
-    layers = int(job.model["num_hidden_layers"])
+    layers = job.model["num_hidden_layers"]
     is_adapted = job.train.method is Method.lora
     return Size(layers, len(adapted_layers(job.train.lora, layers)) if is_adapted else layers)
 

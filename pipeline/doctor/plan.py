@@ -1,10 +1,9 @@
 """The settings that the needs of a run depend on."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from pipeline.checkpoints.config_json import is_quantized
+from pipeline.checkpoints.gpt_oss import GptOssJson
 from pipeline.config import (
     DataConfig,
     Experts,
@@ -69,7 +68,7 @@ class Plan:
             config.upcast.experts,
         )
 
-    def is_packed(self, stage: str, model: Mapping[str, Any]) -> bool:
+    def is_packed(self, stage: str, model: GptOssJson) -> bool:
         """Return whether a stage trains on packed experts. `model` is the content of the source's config.json."""
         method = (self.sft if stage == Stage.sft.name else self.qat).method
         if stage == Stage.qat.name and method is not Method.full:

@@ -1,10 +1,9 @@
 """Predict what a run with its controls needs: memory of each device, and space on disk."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from pipeline.checkpoints.config_json import is_quantized
+from pipeline.checkpoints.gpt_oss import GptOssJson
 from pipeline.config import PipelineConfig, Stage
 from pipeline.config.controls import Control, controls_of
 from pipeline.doctor import controls, device_memory, needs
@@ -14,7 +13,7 @@ from pipeline.doctor.plan import Plan
 
 def needs_of(
     config: PipelineConfig,
-    model: Mapping[str, Any],
+    model: GptOssJson,
     longest: int,
     processes: int,
     *,

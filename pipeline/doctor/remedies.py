@@ -133,11 +133,11 @@ def _shorter(limit: int) -> Change:
     return Change((f"data.max_length={limit}",), lambda c: replace(c, data=replace(c.data, max_length=limit)))
 
 
-def _change(stage: str, **fields: Any) -> Change:
+def _change(stage: str, **fields: object) -> Change:
     return Change(savings.write_overrides(stage, fields), lambda c: _with(c, stage, **fields))
 
 
-def _with(config: PipelineConfig, stage: str, **fields: Any) -> PipelineConfig:
+def _with(config: PipelineConfig, stage: str, **fields: object) -> PipelineConfig:
     """Return the configuration with other settings of a training stage."""
     changed: dict[str, Any] = {stage: replace(getattr(config, stage), **fields)}
     return replace(config, **changed)

@@ -1,13 +1,11 @@
 """Count the work of each stage on its busiest device. `work` has the formulas, and `speeds` turns work into seconds."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.checkpoints.config_json import is_quantized
 from pipeline.checkpoints.dtypes import TRAIN_TYPES, bytes_per_value, torch_dtype
-from pipeline.checkpoints.gpt_oss import loaded_bytes
+from pipeline.checkpoints.gpt_oss import GptOssJson, loaded_bytes
 from pipeline.config import (
     Dtype,
     EvaluateConfig,
@@ -89,7 +87,7 @@ class Schedule:
         return cls(steps, examples, passes / in_epoch, 1 + math.ceil(steps / train.eval_steps))
 
 
-def training(plan: Plan, stage: str, config: Mapping[str, Any], amounts: Amounts, devices: Devices) -> Work:
+def training(plan: Plan, stage: str, config: GptOssJson, amounts: Amounts, devices: Devices) -> Work:
     """Count the work of a training stage on each device: steps, validations, checkpoints, loading and saving.
 
     Args:
@@ -168,7 +166,7 @@ def model_bytes(model: Model, *, is_packed: bool) -> int:
     return loaded_bytes(model.shape, _WIDTH, stays_packed=is_packed)
 
 
-def rounding(plan: Plan, config: Mapping[str, Any], amounts: Amounts, needed: NeedFigures, devices: Devices) -> Work:
+def rounding(plan: Plan, config: GptOssJson, amounts: Amounts, needed: NeedFigures, devices: Devices) -> Work:
     """Count the work of `quantize` on one device. Arguments are those of `training`, and the needs of the run."""
     model, asked = Model.of(config, plan.model_path), plan.quantize
     name, first = first_training(asked.source, plan.sft, plan.qat)
@@ -199,7 +197,7 @@ def _calibrated(model: Model, asked: QuantizeConfig, amounts: Amounts) -> float:
 
 
 def evaluation(
-    plan: Plan, asked: Inference, config: Mapping[str, Any], amounts: Amounts, devices: Devices, models: int
+    plan: Plan, asked: Inference, config: GptOssJson, amounts: Amounts, devices: Devices, models: int
 ) -> Work:
     """Count the work of `evaluate` for `models` models on one device: validation loss and generated answers.
 
@@ -230,7 +228,7 @@ def evaluation(
 def of_stages(
     plan: Plan,
     asked: Inference,
-    config: Mapping[str, Any],
+    config: GptOssJson,
     amounts: Amounts,
     needed: NeedFigures,
     devices: Devices,

@@ -7,12 +7,10 @@ Legend: L = layers, H = hidden size, I = intermediate size, V = vocabulary, N = 
 D = head dimension, E = experts of a layer, K = experts per token, r = rank of the adapters, T = tokens of a row.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.checkpoints.dtypes import TRAIN_TYPES, bytes_per_value
-from pipeline.checkpoints.gpt_oss import Shape
+from pipeline.checkpoints.gpt_oss import GptOssJson, Shape
 from pipeline.config import LoraTarget, Method, Precision, TrainConfig, adapted_layers
 from pipeline.doctor.activations import compute_width
 from pipeline.models import attention
@@ -83,12 +81,12 @@ class Model:
     window: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], where: object) -> "Model":
+    def of(cls, config: GptOssJson, where: object) -> "Model":
         """Read the sizes from the content of config.json. Without `layer_types`, every layer has full attention."""
         shape = Shape.of(config, where)
         types = config.get("layer_types") or [_FULL_ATTENTION] * shape.num_hidden_layers
         full, window = types.count(_FULL_ATTENTION), config.get("sliding_window") or 0
-        return cls(shape, int(config["num_experts_per_tok"]), full, window)
+        return cls(shape, config["num_experts_per_tok"], full, window)
 
     @property
     def attention_values(self) -> int:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pipeline.config import DataConfig, EndpointApi, EvaluateConfig, ModelConfig
 from pipeline.data.examples import prepare_examples, rendering_of
@@ -76,7 +77,7 @@ class Task:
 
 
 class _Validation(NamedTuple):
-    batches: Sequence[Any]
+    batches: Sequence[dict[str, Tensor]]
     groups: Sequence[str]
 
 
@@ -254,7 +255,7 @@ class Measure:
     def _suites(self, measure: Callable[[harness.Suites], dict[str, float]]) -> dict[str, float]:
         return measure(self._task.suites) if self._task.suites else {}
 
-    def _predictions(self, ref: ModelRef, batches: Sequence[Any]) -> Path | None:
+    def _predictions(self, ref: ModelRef, batches: Sequence[dict[str, Tensor]]) -> Path | None:
         """Return the directory of the reference's predictions on these batches. Make it if it is missing or damaged.
 
         Call this before `ref` is loaded, so that two models are never in memory together. The result is None if `ref`

@@ -8,13 +8,13 @@ Legend: E = experts, in = input dimension, out = output dimension, nb = blocks p
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.checkpoints.notes import Note
 from pipeline.numerics.comparison import add_up, changes, share, sum_of_squares, unequal_blocks
 from pipeline.numerics.formats import BlockFormat
 from pipeline.numerics.scales import values_of
@@ -164,7 +164,7 @@ def total(parts: Iterable[dict[str, float]]) -> Account:
     return Account(add_up(_SUMS, parts))
 
 
-def stacks_of_layers(notes: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
+def stacks_of_layers(notes: Sequence[Note]) -> dict[int, list[Note]]:
     """Collect the notes on stacks of experts by layer. These notes have `layer` and `sums` (see `Account`)."""
     experts = [note for note in notes if "sums" in note]
     layers = sorted({note["layer"] for note in experts})

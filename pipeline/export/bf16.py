@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints.gpt_oss import other_tensors
+from pipeline.checkpoints.notes import Note
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import Piece, Written
 from pipeline.export.exporter import Exporter
@@ -45,7 +46,7 @@ def _stack_piece(stack: ExpertStack) -> Piece:
     def put(made: Packed) -> Iterator[tuple[str, Tensor]]:
         yield name, made.values.to(torch.bfloat16)
 
-    def note() -> dict[str, object]:
+    def note() -> Note:
         return {**stack.note([name]), "is_copied": False}  # plain values are never the bytes of an MXFP4 source
 
     return Piece({name: stack.projection.plain_tensor()}, lambda: stack.steps(put), note)

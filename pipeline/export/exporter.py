@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -47,7 +46,7 @@ class Exporter:
     kind: Kind
     layout: Callable[[Shape], Layout]
     describe: Callable[[Checkpoint, Collection[str]], Mapping[str, object]]
-    check_source: Callable[[Mapping[str, Any], Path], object] = lambda config, directory: None
+    check_source: Callable[[Mapping[str, object], Path], object] = lambda config, directory: None
     mark: str | None = None
     open: Callable[[Path], Files] = TensorFiles
     read_description: Callable[[Path], Mapping[str, object]] = read_config

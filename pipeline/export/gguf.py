@@ -119,8 +119,7 @@ class _Target:
             for i, name in enumerate(names):
                 yield name, values[..., i :: len(names)].to(wide)
 
-        note = {"tensors": names, "is_copied": False}
-        return Piece({}, lambda: tensor.steps(put), lambda: {**note, "is_copied": tensor.is_copied})
+        return Piece({}, lambda: tensor.steps(put), lambda: {"tensors": names, "is_copied": tensor.is_copied})
 
     def experts(self, stack: ExpertStack) -> Piece:
         projection = stack.projection
@@ -160,7 +159,7 @@ def _write_head(
     return path.stat().st_size
 
 
-def _metadata_of(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
+def _metadata_of(config: Mapping[str, object], source: Path) -> dict[str, Any]:
     """Return the keys of config.json that the metadata needs. Raise UserError if one is missing."""
     given = {**config, **{f"rope_scaling.{key}": value for key, value in rope_scaling(config).items()}}
     missing = [key for key in _KEYS if given.get(key) is None]
@@ -169,7 +168,7 @@ def _metadata_of(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     return given
 
 
-def _check_source(config: Mapping[str, Any], source: Path) -> None:
+def _check_source(config: Mapping[str, object], source: Path) -> None:
     import_gguf()
     _metadata_of({**config, **legacy_config(config)}, source)
 

@@ -12,7 +12,6 @@ Legend: E = experts of one part, in and out = dimensions of the matrix, nb = blo
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from pipeline.checkpoints import soundness
 from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.gpt_oss import ExpertProjection, expert_projections, other_tensors
 from pipeline.checkpoints.largest_codes import BlockCounts
+from pipeline.checkpoints.notes import Note
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import INDEX, Part, Piece, Step, Written, sort_by_layer, write_sharded
 from pipeline.errors import UserError
@@ -121,7 +121,7 @@ class _Stack:
             self.inexact += _count_unlike(decoded, plain)
         return blocks, scales
 
-    def _note(self) -> dict[str, Any]:
+    def _note(self) -> Note:
         rows = self.projection.packed_tensors()[self.projection.scales]
         return {"tensor": self.projection.name, "blocks": rows.bytes, "inexact": self.inexact, **self.counts.note()}
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.gpt_oss import ExpertProjection, TensorInfo, expert_projections, other_tensors
+from pipeline.checkpoints.notes import Note
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import Part, Piece, Step, Written, sort_by_layer, write_sharded
 from pipeline.checkpoints.side_files import choose_side_files
@@ -152,7 +153,7 @@ class ExpertStack:
         for rows in self.job.weights.parts(self.projection.name):
             yield self._step(rows, put)
 
-    def note(self, tensors: list[str]) -> dict[str, object]:
+    def note(self, tensors: list[str]) -> Note:
         """Return the note on the finished stack. `tensors` are the names of the written tensors."""
         return {
             "tensors": tensors,

@@ -70,51 +70,46 @@ def export_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     device: str = "auto",
 ) -> Path:
-    """Write a model in the layout of an export target.
+    """Write a model in the layout of an export target, and return the absolute path of `out`.
 
-    The files are those of `run("export")`, without its artifact.json and figures. `out` appears when it is complete.
-    To decode an MXFP4 checkpoint to BF16, give it as `model` and as `base`, with `target="bf16"`.
+    The files are those of `run("export")`, without its artifact.json and figures. `out` appears when it is complete. To
+    decode an MXFP4 checkpoint to BF16, give it as `model` and as `base`, with `target="bf16"`.
 
     Args:
         model: the model to export. It is the directory of a stage (`<run_dir>/qat`, also with adapters), or any gpt-oss
             checkpoint in the Hugging Face layout, or adapters that PEFT saved. These are merged on `base`.
-        base: the base checkpoint. The export has its tokenizer and configuration. Weights that equal the base model's
-            keep their stored bytes.
+        base: the base checkpoint. The export has its tokenizer, its configuration, and the bytes of equal weights.
         out: directory to make. It must be missing or empty.
         target: layout to write, a row of `pipeline.config.targets.TARGETS`.
-        format: number format of the experts, a row of FORMATS. None means the format that the model was trained for. If
-            there is none, it is the first format that the target holds.
+        format: number format of the experts, a row of FORMATS. None: that of training, or the first of the target.
         scale_rule: rule that chooses the scales. None means the rule of training, or the format's default.
         shard_bytes: largest size of one weight file, in bytes.
         device: "auto", "cpu" or "cuda". All give the same bytes.
 
-    Returns:
-        The absolute path of `out`.
-
     Raises:
-        UserError: an argument is wrong, the checkpoints do not fit each other, the model was trained for another
-            format, or a weight is NaN or Inf.
+        UserError: an argument is wrong, the checkpoints do not fit each other or the format, or a weight is NaN or Inf.
     """
     other_libraries.silence()
     directory = absolute(out)
     _raise_if_wrong(target, format, scale_rule, device, directory)
-    source = _existing(base, "base")
-    Checkpoint(source).close()
-    opened = Source(source, sampled_fingerprint(source))
-    given = _existing(model, "model")
-    ref = references.on_base(given, opened) if holds_adapters(given) else references.in_directory(given)
+    ref = _find_model(model, opened := _open_base(base))
     block_format = _block_format(ref, target, format, scale_rule)
-    job = Job(
-        Weights(ref),
-        opened,
-        block_format,
-        shard_bytes,
-        loading.device_of(Device[device]),
-    )
+    job = Job(Weights(ref), opened, block_format, shard_bytes, loading.device_of(Device[device]))
     with _appearing(directory) as unfinished:
         EXPORTERS[target].write(job, unfinished)
         (unfinished / SHARDS_FILE).unlink(missing_ok=True)
     return directory
+
+
+def _open_base(base: Directory) -> Source:
+    source = _existing(base, "base")
+    Checkpoint(source).close()
+    return Source(source, sampled_fingerprint(source))
+
+
+def _find_model(model: Directory, base: Source) -> ModelRef:
+    given = _existing(model, "model")
+    return references.on_base(given, base) if holds_adapters(given) else references.in_directory(given)
 
 
 @contextmanager

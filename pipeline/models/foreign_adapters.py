@@ -68,7 +68,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _problems(config: Mapping[str, Any]) -> Iterator[str]:
+def _problems(config: Mapping[str, object]) -> Iterator[str]:
     if (kind := config.get("peft_type")) != _LORA:
         yield f"peft_type is {kind!r}, and this program merges only {_LORA!r}. {_MERGE}"
         return
@@ -88,7 +88,7 @@ def fingerprint(directory: Path, base: str) -> str:
     return digest.hexdigest()
 
 
-def describe_other_base(config: Mapping[str, Any], base: Source, model_path: str) -> str | None:
+def describe_other_base(config: Mapping[str, object], base: Source, model_path: str) -> str | None:
     """Compare the base that adapters name with the one that they are merged on. Return a warning, or None."""
     named = config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named or named == model_path:

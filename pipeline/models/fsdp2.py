@@ -97,13 +97,13 @@ def _use_autocast(model: Any, device_type: str) -> None:
     model.forward = convert_outputs_to_fp32(torch.autocast(device_type, torch.bfloat16)(model.forward))
 
 
-def shard(model: Any, mixed: bool) -> None:
+def shard(model: nn.Module, mixed: bool) -> None:
     """Shard a model in place.
 
     Each decoder layer is a unit. The embedding is another unit. The final norm and the head are one unit together.
     accelerate 1.15 uses the same units. The embedding's output is FP32 under mixed precision, as on one device.
     """
-    plain: PreTrainedModel = _plain(model)
+    plain = _plain(model)
     for module in plain.modules():
         if type(module).__name__ == DECODER_LAYER_CLASS:
             fully_shard(module, mp_policy=policy(mixed), reshard_after_forward=True)
@@ -114,7 +114,7 @@ def shard(model: Any, mixed: bool) -> None:
     fully_shard(model, mp_policy=policy(mixed))
 
 
-def set_gathers(model: Any, keeps_gathered: bool) -> None:
+def set_gathers(model: nn.Module, keeps_gathered: bool) -> None:
     """Set when a sharded model gathers and frees its parameters in training. Do nothing if the model is not sharded.
 
     - The embedding is gathered only for the forward pass. The gradient of an embedding does not need its weights.
@@ -131,7 +131,7 @@ def set_gathers(model: Any, keeps_gathered: bool) -> None:
     """
     if not isinstance(model, FSDPModule):
         return
-    plain = _plain(model)
+    plain: Any = _plain(model)  # its modules are FSDPModules too
     layers = [module for module in plain.modules() if type(module).__name__.endswith(DECODER_LAYER_CLASS)]
     embedding, head = plain.get_input_embeddings(), plain.get_output_embeddings()
     embedding.set_unshard_in_backward(False)
@@ -141,9 +141,10 @@ def set_gathers(model: Any, keeps_gathered: bool) -> None:
         unit.set_modules_to_forward_prefetch([following])
 
 
-def _plain(model: Any) -> Any:
+def _plain(model: nn.Module) -> "PreTrainedModel":
     """Return the model without PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
 
 
 def _read_shard(name: str, parameter: DTensor, read: Read, device: torch.device) -> nn.Parameter:

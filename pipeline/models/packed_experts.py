@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from pipeline.checkpoints.gpt_oss import BIAS_SUFFIX, DOWN, EXPERT_WEIGHTS, GATE_UP, SCALES_SUFFIX
@@ -141,6 +142,11 @@ class PackedExperts(nn.Module):
         return cast(Tensor, apply_gate(self, up))
 
 
+class _Context(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]
+    work: Pass
+
+
 class _Hold(torch.autograd.Function):
     """Keeps the inputs of the experts. Its backward pass computes all gradients of the experts.
 
@@ -150,13 +156,13 @@ class _Hold(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, work: Pass, states: Tensor, shares: Tensor, *others: Tensor) -> Tensor:
+    def forward(ctx: _Context, work: Pass, states: Tensor, shares: Tensor, *others: Tensor) -> Tensor:
         ctx.work = work
         ctx.save_for_backward(states, shares)
         return states.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         states, shares = ctx.saved_tensors
         with torch.autocast(states.device.type, enabled=False):
             return None, *ctx.work.backward(gradients[0], states, shares)
@@ -166,12 +172,12 @@ class _Compute(torch.autograd.Function):
     """Computes the output of the experts. Its backward pass gives the output's gradient to `_Hold`, unchanged."""
 
     @staticmethod
-    def forward(ctx: Any, work: Pass, held: Tensor, shares: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, work: Pass, held: Tensor, shares: Tensor) -> Tensor:
         with torch.autocast(held.device.type, enabled=False):  # experts compute in their own type
             return work.forward(held, shares)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[None, Tensor, None]:
         return None, gradients[0], None
 
 

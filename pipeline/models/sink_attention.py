@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
@@ -185,12 +185,18 @@ class _Layer(NamedTuple):
     scale: float
 
 
+class _Context(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    layer: _Layer
+
+
 class _SinkAttention(torch.autograd.Function):
     """Attention with sinks. Queries, keys and values have the shape (S, heads, d). Sinks have the shape (N)."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bounds: Tensor, layer: _Layer
+        ctx: _Context, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bounds: Tensor, layer: _Layer
     ) -> Tensor:
         run = _forward_on_cpu if query.device.type == "cpu" else _forward_on_cuda
         out, lse, *state = run(query, key, value, bounds, layer)
@@ -202,7 +208,7 @@ class _SinkAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, out, total, bounds, *state = ctx.saved_tensors
         run = _backward_on_cpu if query.device.type == "cpu" else _backward_on_cuda
         gradients = run(grad.contiguous(), query, key, value, out, total, bounds, ctx.layer, *state)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
 from pipeline.data.synthetic import chat_template
@@ -10,6 +10,7 @@ from pipeline.data.tokenizers import O200K_WORDS
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 CONTEXT = 131_072
@@ -90,7 +91,7 @@ def _special_tokens() -> Iterable[str]:
     return (SPECIAL_TOKENS[i] for i in sorted(SPECIAL_TOKENS))
 
 
-def _wrap(tokenizer: Any) -> "PreTrainedTokenizerFast":
+def _wrap(tokenizer: "Tokenizer") -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     wrapped = PreTrainedTokenizerFast(

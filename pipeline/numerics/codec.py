@@ -63,22 +63,18 @@ def encode(
     """Quantize values to codes and scales, and pack the codes.
 
     Args:
-        values: shape (..., in) or (..., out, in), float32 or bfloat16, any strides. Blocks run along the last
-            dimension.
+        values: shape (..., in) or (..., out, in), float32 or bfloat16, any strides. Blocks run along `in`.
         block_format: format of the result: a row of FORMATS, possibly with another scale rule.
         tensor_scale: result of the function `tensor_scale`. None for a format without a tensor scale.
-        importance: shape (in) or (..., in), float32. The rule `mse` multiplies squared errors by it. It must not be
-            negative. None if all channels are equally important.
+        importance: factors of the squared errors of the rule `mse`: shape (in) or (..., in), float32, not negative.
+            None if all channels are equally important.
         rounded: output for the decoded result, or None. It has the shape and type of `values`, and any strides.
-        saturated: output of the shape (..., nb), or None. It is a contiguous bool tensor. A block is True if a
-            magnitude exceeds 6 * scale.
-        is_bad: flag on the device of `values`, or None. The flag is a bool tensor with the shape (). It is set if a
-            value is NaN or Inf, or if an importance is negative or NaN. With a flag, no error is raised, so the CPU
-            does not wait for the GPU.
+        saturated: contiguous bool output (..., nb), or None. A block is True if a magnitude exceeds 6 * scale.
+        is_bad: flag on the device of `values`, a bool tensor (), or None. NaN, Inf and negative importances set it
+            and raise no error, so the CPU does not wait for the GPU.
 
     Returns:
-        blocks: shape (..., nb, block_size / 2), uint8, contiguous. Each byte holds two codes. The low nibble holds the
-            even element.
+        blocks: shape (..., nb, block_size / 2), uint8, contiguous. The low nibble of a byte holds the even element.
         scales: shape (..., nb), contiguous. The type is uint8 for e8m0, and float8_e4m3fn for e4m3.
 
     Raises:
@@ -91,13 +87,18 @@ def encode(
     blocks = torch.empty((count, lanes, nb, size // 2), dtype=torch.uint8, device=values.device)
     near = None if rounded is None else slabs.as_blocks(slabs.view_as_matrices(rounded), size)
     beyond = None if saturated is None else saturated.view(count, lanes, nb).transpose(1, 2)
+    _fill(work, blocks, near, beyond)
+    return blocks.view(*values.shape[:-1], nb, size // 2), work.stored_scales()
+
+
+def _fill(work: "_Rounding", blocks: Tensor, near: Tensor | None, beyond: Tensor | None) -> None:
+    """Fill the outputs of `encode`, slab by slab."""
     for slab, part, amax, divisor in work:
         slabs.put_transposed(blocks, slab, kernels.pack(part, divisor.inverse, divisor.significand))
         if near is not None:
             slabs.put(near, slab, kernels.round_blocks(part, divisor.inverse, divisor.significand, divisor.scale))
         if beyond is not None:
             beyond[slab] = amax > scales.LARGEST_E2M1 * divisor.scale
-    return blocks.view(*values.shape[:-1], nb, size // 2), work.stored_scales()
 
 
 def choose_scales(
@@ -178,13 +179,9 @@ def fake_quantize(
     `tensor_scale` is missing, it is computed from the values. `encode` has no `dtype`.
 
     Args:
-        values: see `encode`.
-        block_format: see `encode`.
-        tensor_scale: see `encode`.
-        importance: see `encode`.
+        values, block_format, tensor_scale, importance, is_bad: see `encode`.
         dtype: type of the result, float32 or bfloat16. Both hold every value of the formats. None means the type of
             `values`.
-        is_bad: see `encode`.
     """
     return straight_through(values, _round(values, block_format, tensor_scale, importance, dtype, is_bad))
 

@@ -122,27 +122,20 @@ def round_gptq(
     act_order: bool = True,
     experts_at_once: int | None = None,
 ) -> Tensor:
-    """Round the weights of a stack of experts. The experts are independent of each other.
-
-    A chunk of n experts takes about 4 n in (in + max(in, out)) bytes of temporaries, or twice as much with float64
-    Hessians, and less than 0.15 GB besides. The result takes as much memory as `values`.
+    """Round the weights of a stack of experts. The result has the shape, type and memory order of `values`.
 
     Args:
         values: shape (E, out, in), float32 or bfloat16, any strides. Blocks run along the last dimension.
         hessians: shape (E, in, in), symmetric: the sum of x xᵀ over the expert's tokens x, times any factor. The sweep
             computes in their type, float32 or float64.
         block_format: format of the result, possibly with another scale rule.
-        stored: scales of the blocks as `codec.encode` returns them, shape (E, out, nb). None chooses them from `values`
-            by the format's rule.
+        stored: scales of the blocks (E, out, nb), as `codec.encode` returns them. None: the format's rule chooses them.
         tensor_scale: result of `codec.tensor_scale`, (E). Required if `stored` is e4m3. None computes it from `values`.
         importance: weights of the rule `mse`; see `codec.encode`.
         damping: number that is added to the diagonal of each Hessian, as a fraction of the mean of the diagonal.
         act_order: whether to round the columns with the largest diagonal first. Otherwise they are rounded in order.
         experts_at_once: number of experts of a chunk. None means 1 MiB of temporaries on a CPU and 8 GiB on a GPU, and
             at least one expert. On a CPU, the number does not change a bit of the result.
-
-    Returns:
-        The rounded values. They have the shape, type and memory order of `values`.
 
     Raises:
         HessianError: a Hessian has NaN or Inf, or is not positive definite after damping.
@@ -152,12 +145,9 @@ def round_gptq(
     _raise_if_unfit(values, hessians, block_format, stored, tensor_scale)
     result = torch.empty_like(values)
     for experts in _chunks(values, hessians, experts_at_once):
-        part = values[experts]
-        _raise_if_not_finite(part, experts.start)
+        _raise_if_not_finite(part := values[experts], experts.start)
         order, factors = _factorize(hessians[experts], damping, act_order, experts.start)
-        given = [None if each is None else each[experts] for each in (stored, tensor_scale)]
-        weights = importance if importance is None or importance.ndim == 1 else importance[experts]
-        grid = _make_grid(part, block_format, given[0], given[1], weights)
+        grid = _make_grid(part, block_format, *_take(experts, stored, tensor_scale, importance))
         _Sweep(part, result[experts], grid, order, factors).run()
     return result
 
@@ -291,7 +281,24 @@ def _make_grid(
     return _Grid(block_format, stored.view(torch.uint8).mT.contiguous(), unit, peaks)
 
 
+def _take(
+    experts: slice, stored: Tensor | None, tensor_scale: Tensor | None, importance: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the part of some experts. An importance of the shape (in) belongs to all of them."""
+    weights = importance if importance is None or importance.ndim == 1 else importance[experts]
+    return (
+        None if stored is None else stored[experts],
+        None if tensor_scale is None else tensor_scale[experts],
+        weights,
+    )
+
+
 def _chunks(values: Tensor, hessians: Tensor, experts_at_once: int | None) -> Iterator[slice]:
+    """Yield the experts of each chunk. The experts are independent of each other.
+
+    A chunk of n experts takes about 4 n in (in + max(in, out)) bytes of temporaries, or twice as much with float64
+    Hessians, and less than 0.15 GB besides. The result takes as much memory as `values`.
+    """
     count, out, inputs = values.shape
     if experts_at_once is None:
         bytes_of_one = hessians.element_size() * inputs * (inputs + max(inputs, out))

@@ -7,10 +7,9 @@ on a GPU. The number of experts in one call does not matter.
 Legend: E experts, r rank.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from pipeline.numerics import slabs
 from pipeline.numerics.compiled import Kernel, kernel
@@ -40,15 +39,20 @@ def merge(base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return _for_each_expert(add_delta, base, a, b, scaling)
 
 
+class _Context(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]
+    scaling: float
+
+
 class _Delta(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, like: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    def forward(ctx: _Context, like: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         ctx.save_for_backward(a, b)
         ctx.scaling = scaling
         return _for_each_expert(_delta, like, a, b, scaling)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, None]:
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[None, Tensor, Tensor, None]:
         (of_delta,) = gradients
         a, b = ctx.saved_tensors
         of_a, of_b = torch.empty_like(a), torch.empty_like(b)

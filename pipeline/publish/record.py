@@ -67,14 +67,14 @@ def trainings(stages: list[Artifact]) -> list[Artifact]:
     return [each for each in stages if each.stage in [stage.name for stage in _TITLES]]
 
 
-def foreign_training(stages: list[Artifact]) -> list[dict[str, Any]]:
+def foreign_training(stages: list[Artifact]) -> list[dict[str, object]]:
     """Describe the training of adapters of another program that the run quantized, as `training`, or nothing."""
     is_foreign = any(each.stage == Stage.quantize.name and "adapters" in each.details for each in stages)
     result = "adapters that another program trained, on data that is not on record here"
     return [{"title": _TITLES[Stage.sft], "result": result, "settings": {}}] if is_foreign else []
 
 
-def training(stage: Artifact) -> dict[str, Any]:
+def training(stage: Artifact) -> dict[str, object]:
     """Describe a training stage: its `title`, its `result` in a sentence, and its most important `settings`."""
     trained, name = stage.read(TrainingRecord), stage.stage
     settings = {key.removeprefix(f"{name}."): value for key, value in stage.settings.items()}

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from safetensors import safe_open
@@ -27,6 +27,13 @@ from pipeline.runs.durable import replacing, write_text
 
 _STATES = "states"
 _NOTE = "note"
+
+
+class Coverage(TypedDict):
+    """How GPTQ rounded a layer: the calibration tokens of each expert, and the experts that the fallback rounded."""
+
+    tokens: list[int]
+    fallback: list[int]
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class LayerCodes:
         return done if done == layers or not done or _is_whole(self._states(done - 1)) else 0
 
     def save(
-        self, layer: int, stacks: Mapping[ExpertProjection, StoredExperts], note: object, states: Tensor | None
+        self, layer: int, stacks: Mapping[ExpertProjection, StoredExperts], note: Coverage, states: Tensor | None
     ) -> None:
         """Store a layer.
 
@@ -99,9 +106,9 @@ class LayerCodes:
         with safe_open(self._states(layer), "pt") as file:
             return file.get_tensor(_STATES).to(device)
 
-    def notes(self) -> list[Any]:
+    def notes(self) -> list[Coverage]:
         """Return the notes of the complete layers, in order."""
-        found: list[Any] = []
+        found: list[Coverage] = []
         while self._layer(len(found)).is_file():
             with safe_open(self._layer(len(found)), "pt") as file:
                 found.append(json.loads(file.metadata()[_NOTE]))

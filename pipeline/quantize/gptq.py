@@ -14,7 +14,6 @@ dimension, H = hidden size, I = intermediate size.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from pipeline.models.layerwise import Layer, Routed, Walk
 from pipeline.numerics import codec, gptq
 from pipeline.numerics.gptq import HessianError, Hessians
 from pipeline.numerics.stochastic import Noise
-from pipeline.quantize.codes import LayerCodes, StoredExperts
+from pipeline.quantize.codes import Coverage, LayerCodes, StoredExperts
 from pipeline.quantize.experts import round_experts, settle
 from pipeline.quantize.rounding import Job
 from pipeline.runs.console import progress
@@ -239,7 +238,7 @@ class _LayerWork:
     def stored(self) -> dict[ExpertProjection, StoredExperts]:
         return {projection: _join(parts) for projection, parts in self._parts.items()}
 
-    def note(self) -> dict[str, Any]:
+    def note(self) -> Coverage:
         """Return the tokens of each expert, and the experts that were rounded by the fallback."""
         return {"tokens": self._tokens, "fallback": sorted(self._fell_back)}
 

@@ -1,16 +1,17 @@
 """Reports the account of rounding: figures of each layer and of the whole model, and two lines for the user."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from pipeline.checkpoints.notes import Note
 from pipeline.config import QuantizeConfig
 from pipeline.export.account import Figures, describe, describe_blocks, stacks_of_layers, total
+from pipeline.quantize.codes import Coverage
 from pipeline.runs.console import say, warn
 from pipeline.runs.tracking import log_metrics
 
 
-def account_for(notes: Sequence[Mapping[str, Any]], directory: Path, method: str) -> Figures:
+def account_for(notes: Sequence[Note], directory: Path, method: str) -> Figures:
     """Log the figures of each layer and of the whole model, tell the user, and return those of the whole model.
 
     Args:
@@ -27,7 +28,7 @@ def account_for(notes: Sequence[Mapping[str, Any]], directory: Path, method: str
     return whole
 
 
-def fallback_for(layers: Sequence[dict[str, Any]], directory: Path, settings: QuantizeConfig) -> dict[str, int]:
+def fallback_for(layers: Sequence[Coverage], directory: Path, settings: QuantizeConfig) -> dict[str, int]:
     """Log how many experts of each layer GPTQ did not round, tell the user, and return the counts of the whole model.
 
     Args:

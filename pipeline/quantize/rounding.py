@@ -16,14 +16,14 @@ Legend: E = experts, in = input dimension, out = output dimension.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.checkpoints.config_json import CONFIG, write_config
 from pipeline.checkpoints.dtypes import stored_name
-from pipeline.checkpoints.gpt_oss import ExpertProjection, expert_projections, loaded_bytes, other_tensors
+from pipeline.checkpoints.gpt_oss import ExpertProjection, TensorInfo, expert_projections, loaded_bytes, other_tensors
+from pipeline.checkpoints.notes import Note
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import SHARD_BYTES, Part, Piece, Step, Written, sort_by_layer, write_sharded
 from pipeline.checkpoints.side_files import copy_side_files
@@ -191,7 +191,7 @@ class _Stack:
             adjusted_blocks=adjusted,
         )
 
-    def note(self) -> dict[str, Any]:
+    def note(self) -> Note:
         """Return the record of the stack. `sums` is documented in `Account`."""
         return {"layer": self.projection.layer, "sums": self.account.sums}
 
@@ -239,7 +239,7 @@ def output_bytes(job: Job, *, is_packed: bool) -> int:
     return loaded_bytes(job.weights.shape, job.weights.ref.dtype.itemsize, stays_packed=is_packed)
 
 
-def measure(job: Job) -> list[dict[str, Any]]:
+def measure(job: Job) -> list[Note]:
     """Round the experts and write nothing. Return the record of each stack, like the notes of a written model."""
     notes = []
     with compilation_for(sum(each.values for each in job.projections)):
@@ -263,7 +263,9 @@ def _write(job: Job, directory: Path, piece: Callable[[_Stack], Piece], dtype: t
     return written
 
 
-def _piece(stack: _Stack, tensors: dict[str, Any], put: Callable[[RoundedExperts, bool], Iterable[Part]]) -> Piece:
+def _piece(
+    stack: _Stack, tensors: dict[str, TensorInfo], put: Callable[[RoundedExperts, bool], Iterable[Part]]
+) -> Piece:
     """Return the piece that rounds a stack. `put` takes some experts, and whether they are the last of the stack."""
 
     def step(rows: slice) -> Step:

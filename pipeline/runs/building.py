@@ -8,9 +8,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -47,31 +46,39 @@ from pipeline.runs.artifacts import (
 )
 from pipeline.runs.console import say
 from pipeline.runs.durable import cut_torn_line, sync_names, sync_tree
+from pipeline.runs.inputs import Inputs, list_differences
 from pipeline.runs.json_files import seal, write_json
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import all_cores, is_main_process, on_main_process, wait_for_everyone
 from pipeline.runs.run import BEING_EMPTIED, Run, write_unfinished
-from pipeline.runs.settings import Settings, plain, without_data_paths, without_places
+from pipeline.runs.settings import Settings, plain
 from pipeline.runs.tracking import log_inputs, log_output, track
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """All inputs of a stage: its result depends on nothing else.
+class _Task:
+    """A stage to build.
 
     Attributes:
-        settings: dotted key -> plain value.
-        parents: fingerprint of each input, keyed by the input's name.
-        data: fingerprint of the data set, or None if the stage uses none.
+        run, stage, is_report, keeps_metrics: as for `build`.
+        inputs: all inputs of the stage.
+        begun: the same inputs, as unfinished.json states them.
+        place, directory: directory of the stage, and of its part that is built. They are equal if it has no parts.
     """
 
-    settings: Settings
-    parents: dict[str, str]
-    data: str | None
+    run: Run
+    stage: Stage
+    inputs: Inputs
+    begun: Inputs
+    place: Path
+    directory: Path
+    is_report: bool
+    keeps_metrics: bool
 
-    def plain(self) -> dict[str, Any]:
-        """Return the inputs as a dictionary. artifact.json and unfinished.json store this dictionary."""
-        return dict(vars(self))
+    @property
+    def keeps_files(self) -> bool:
+        """Whether the files of an earlier result stay in the directory."""
+        return self.is_report and not self.run.overwrite
 
 
 def build(
@@ -87,55 +94,70 @@ def build(
     keeps_metrics: bool = False,
     is_report: bool = False,
 ) -> Artifact:
-    """Run `work`, and publish the payload that `work` writes into the stage's directory.
-
-    If the stage is up to date, return its artifact without running `work`.
+    """Run `work`, and publish the payload that it writes. If the stage is up to date, only return its artifact.
 
     Args:
         run, stage: the run, and the stage to build.
         settings: dotted keys (or sections) of the configuration that the result depends on.
         parents, data: as in `Inputs`.
         work: fills the given directory. The directory may have files of an earlier report or an interrupted run.
-        resumable_as: function that takes the settings, and returns values for unfinished.json. These values must not
-            change when an unfinished stage is resumed.
-        on_every_process: True if all processes call `work`, as in training. False if only the main process calls it.
-        keeps_metrics: whether a resumed `work` goes on with the lines of metrics.jsonl, as training does. If False, it
-            writes all lines again.
-        is_report: whether the stage is rebuilt if its inputs have changed. If False, changed inputs are an error. The
-            error protects models.
+        resumable_as: converts the settings to values for unfinished.json. Resuming requires the same values.
+        on_every_process: whether all processes call `work`, as in training, or the main process alone.
+        keeps_metrics: whether a resumed `work` continues metrics.jsonl, as training does, or writes it again.
+        is_report: whether other inputs rebuild the stage. If False, they are an error, which protects models.
 
     Raises:
         UserError: the directory cannot be written, or holds a complete or unfinished stage with other inputs.
     """
-    read, directory, place = take_read(), run.stage_dir(stage), run.place(stage)
-    inputs = Inputs(run.settings(settings), dict(parents), data)
-    begun = Inputs(resumable_as(inputs.settings), inputs.parents, data)
-    _heed_launch(run, directory, inputs, is_report)
-    if not run.overwrite and (done := _find_up_to_date(run, directory, inputs, is_report)) is not None:
-        recording.record(run, stage, inputs.settings)
-        if not place.is_symlink():
-            _show(place, directory)
+    read, inputs = take_read(), Inputs(run.settings(settings), dict(parents), data)
+    begun = replace(inputs, settings=resumable_as(inputs.settings))
+    task = _Task(run, stage, inputs, begun, run.place(stage), run.stage_dir(stage), is_report, keeps_metrics)
+    if (done := _take_up_to_date(task)) is not None:
         return done
+    _raise_if_impossible(task, read)
+    artifact = _rebuild(task, work, on_every_process)
+    stopping.raise_if_asked(f" after stage={stage.name}")
+    return artifact
+
+
+def _take_up_to_date(task: _Task) -> Artifact | None:
+    """Record this command and return the complete stage, or return None if there is work to do."""
+    run, directory = task.run, task.directory
+    _heed_launch(run, directory, task.inputs, task.is_report)
+    if run.overwrite or (done := _find_up_to_date(run, directory, task.inputs, task.is_report)) is None:
+        return None
+    recording.record(run, task.stage, task.inputs.settings)
+    if not task.place.is_symlink():
+        _show(task.place, directory)
+    return done
+
+
+def _raise_if_impossible(task: _Task, read: Sequence[Artifact]) -> None:
+    """Raise UserError if the directory must not be changed, or CheckFailed if an input in `read` is damaged."""
     up_to_date.flush()
-    _raise_if_foreign(place, directory)
-    if not is_report and not run.overwrite:
-        _raise_if_unfinished_differs(run, directory, begun)
-    _check_inputs(run, stage, [artifact for artifact in read if artifact.directory not in (place, directory)])
+    own = (task.place, task.directory)
+    _raise_if_foreign(*own)
+    if not (task.is_report or task.run.overwrite):
+        _raise_if_unfinished_differs(task.run, task.directory, task.begun)
+    _check_inputs(task.run, task.stage, [artifact for artifact in read if artifact.directory not in own])
+
+
+def _rebuild(task: _Task, work: Callable[[Path], Result], on_every_process: bool) -> Artifact:
+    """Do the work in the stage's directory, and publish the result."""
+    run, stage, directory, inputs = task.run, task.stage, task.directory, task.inputs
     # Tracking may fail to start, so it starts before anything is deleted.
-    with _lock(run, place), track(run, stage.name, place.parent), interruptions.working(run, stage):
+    with _lock(run, task.place), track(run, stage.name, task.place.parent), interruptions.working(run, stage):
         on_main_process(lambda: recording.record(run, stage, inputs.settings))
         if stage.name in parts.STAGES:
-            on_main_process(lambda: parts.settle(place, run.part))
+            on_main_process(lambda: parts.settle(task.place, run.part))
             directory = run.stage_dir(stage)
-        keep_files = is_report and not run.overwrite
-        on_main_process(lambda: _prepare(run, stage, directory, begun, keep_files, keeps_metrics))
+        on_main_process(lambda: _prepare(task, directory))
         commands.mark_begun(stage.name)
         log_inputs(run, inputs.parents, inputs.data)
         result, seconds = _work(lambda: work(directory), on_every_process)
-        on_main_process(lambda: _publish(run, stage, directory, inputs, result, seconds))
+        on_main_process(lambda: _publish(task, directory, result, seconds))
         artifact = load(directory)
         log_output(artifact)
-    stopping.raise_if_asked(f" after stage={stage.name}")
     return artifact
 
 
@@ -152,14 +174,10 @@ def _heed_launch(run: Run, directory: Path, inputs: Inputs, is_report: bool) -> 
     except UserError:
         run.overwrite = True
         return
-    if not is_report and _differences(_made_with(done), inputs.plain()):
+    if not is_report and list_differences(Inputs.of(done), inputs):
         run.overwrite = True
         return
     say(done.stage, f"this launch ({launches.present()}) has already rebuilt {directory}")
-
-
-def _made_with(done: Artifact) -> dict[str, Any]:
-    return {"settings": done.settings, "parents": done.parents, "data": done.data}
 
 
 def _check_inputs(run: Run, stage: Stage, inputs: Sequence[Artifact]) -> None:
@@ -194,7 +212,7 @@ def _find_up_to_date(run: Run, directory: Path, inputs: Inputs, is_report: bool)
     if not (directory / ARTIFACT_FILE).is_file():
         return None
     done = load(directory)
-    differences = _differences(_made_with(done), inputs.plain())
+    differences = list_differences(Inputs.of(done), inputs)
     if differences and not is_report:
         raise _changed(run, done.directory, "is complete, but was made with other inputs", differences)
     if differences:
@@ -236,44 +254,46 @@ def _show(place: Path, directory: Path) -> None:
         parts.show(directory)
 
 
-def _prepare(run: Run, stage: Stage, directory: Path, begun: Inputs, keep_files: bool, keeps_metrics: bool) -> None:
+def _prepare(task: _Task, directory: Path) -> None:
     """Prepare the directory for work. Delete all files, except those of an interrupted run or an earlier report.
 
     unfinished.json first states that the directory is being emptied. It states the inputs only when the directory is
     empty. So work that is interrupted in between never mixes with files that were made from other inputs.
     """
-    if (directory / ARTIFACT_FILE).is_file() and not run.overwrite and not keep_files:
+    run, place, keeps_files = task.run, task.place, task.keeps_files
+    if (directory / ARTIFACT_FILE).is_file() and not run.overwrite and not keeps_files:
         raise UserError(f"{directory}: another run has just completed this stage. Run the same command again.")
-    place = run.place(stage)
     try:
         if place != directory:
-            if not keep_files:
+            if not keeps_files:
                 _raise_if_linked(place)
             parts.hide(place, directory.name)
         directory.mkdir(parents=True, exist_ok=True)
         before = run.read_unfinished(directory)
-        is_same = before not in (None, BEING_EMPTIED) and not _differences(before, begun.plain())
-        is_resumed = is_same and not (directory / ARTIFACT_FILE).exists()
-        if is_resumed:
-            say(stage.name, f"resuming what was interrupted in {directory}")
-            if keeps_metrics:
+        if _resumes(before, task.begun) and not (directory / ARTIFACT_FILE).exists():
+            say(task.stage.name, f"resuming what was interrupted in {directory}")
+            if task.keeps_metrics:
                 cut_torn_line(directory / METRICS_FILE)
             else:
                 (directory / METRICS_FILE).unlink(missing_ok=True)
         else:
-            if not keep_files:
+            if not keeps_files:
                 _raise_if_linked(directory)
             write_unfinished(directory, BEING_EMPTIED)
             (directory / ARTIFACT_FILE).unlink(missing_ok=True)
-            if keep_files:
+            if keeps_files:
                 (directory / METRICS_FILE).unlink(missing_ok=True)
             else:
                 _empty(directory)  # The earlier result has other inputs, and the user has set overwrite=true.
-            write_unfinished(directory, begun.plain())
+            write_unfinished(directory, task.begun.plain())
         sync_names(directory, run.directory)
         OmegaConf.save(OmegaConf.create(plain(run.config)), directory / CONFIG_FILE)
     except OSError as error:
         raise run.not_writable(directory, error) from error
+
+
+def _resumes(before: Mapping[str, object] | None, begun: Inputs) -> bool:
+    return before is not None and before != BEING_EMPTIED and not list_differences(Inputs.read(before), begun)
 
 
 def _raise_if_linked(directory: Path) -> None:
@@ -293,20 +313,20 @@ def _empty(directory: Path) -> None:
             path.unlink()
 
 
-def _publish(run: Run, stage: Stage, directory: Path, inputs: Inputs, result: Result | None, seconds: float) -> None:
+def _publish(task: _Task, directory: Path, result: Result | None, seconds: float) -> None:
     assert result is not None
     found = fingerprint_of(directory, result.digests)
     records = {name: digest_of(directory / name) for name in RECORDS if (directory / name).is_file()}
-    model = run.config.model
+    model, name = task.run.config.model, task.stage.name
     record = {
         "version": ARTIFACT_VERSION,
-        "stage": stage.name,
+        "stage": name,
         "kind": result.kind.name,
         "format": result.format,
         "fake_quantized": result.fake_quantized,
         "scale_rule": result.scale_rule,
         "fingerprint": found.fingerprint,
-        **inputs.plain(),
+        **task.inputs.plain(),
         "base_model": {"path": without_secrets(model.path), "revision": model.revision},
         "details": result.record.details(),
         "files": found.sizes,
@@ -318,8 +338,8 @@ def _publish(run: Run, stage: Stage, directory: Path, inputs: Inputs, result: Re
     sync_tree(directory)  # artifact.json must not reach the disk before the files that it describes
     write_json(directory / ARTIFACT_FILE, seal(record))
     _clear_work(directory)
-    _show(run.place(stage), directory)
-    say(stage.name, f"done in {seconds:.1f} s: {directory}")
+    _show(task.place, directory)
+    say(name, f"done in {seconds:.1f} s: {directory}")
 
 
 def _clear_work(directory: Path) -> None:
@@ -355,7 +375,7 @@ def _raise_if_unfinished_differs(run: Run, directory: Path, begun: Inputs) -> No
     if before == BEING_EMPTIED:
         return
     made = [path for path in directory.rglob("*") if path.is_file() and path.name not in BOOKKEEPING]
-    if before is not None and made and (differences := _differences(before, begun.plain())):
+    if before is not None and made and (differences := list_differences(Inputs.read(before), begun)):
         what = "is unfinished, and was begun with other inputs"
         raise _changed(run, directory, what, differences, "Go on with the same inputs, or rebuild it")
 
@@ -377,23 +397,3 @@ def _own_settings_hint(run: Run) -> str:
     if command is None or command.uses_own_settings or own_settings.read(run.directory) is None:
         return ""
     return " Without recipe=, the command takes the settings of the run."
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Describe the differences of two sets of inputs. Data and models are equal if their contents are."""
-    has_same_data = before["data"] is not None and before["data"] == now["data"]
-    same = {name for name, fingerprint in before["parents"].items() if now["parents"].get(name) == fingerprint}
-
-    def strip(settings: Settings) -> Settings:
-        known = without_places(settings, same)
-        return without_data_paths(known) if has_same_data else known
-
-    found = [
-        f"{key}: was {old!r}, is {new!r}"
-        for one, other in ((strip(before["settings"]), strip(now["settings"])), (before["parents"], now["parents"]))
-        for key in sorted({*one, *other})
-        if (old := one.get(key)) != (new := other.get(key))
-    ]
-    if before["data"] != now["data"]:
-        found.append(f"the data set's contents: fingerprint was {before['data']}, is {now['data']}")
-    return found

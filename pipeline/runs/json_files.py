@@ -25,12 +25,12 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+def seal(record: Mapping[str, object]) -> dict[str, object]:
     """Return the record with its checksum."""
     return {**record, CHECKSUM: _checksum(record)}
 
 
-def unseal(record: Mapping[str, Any]) -> dict[str, Any]:
+def unseal(record: Mapping[str, object]) -> dict[str, Any]:
     """Return a record without its checksum. A record without a checksum is returned unchanged.
 
     Raises:
@@ -55,6 +55,6 @@ def read_record(path: Path) -> dict[str, Any]:
     return unseal(record)
 
 
-def _checksum(record: Mapping[str, Any]) -> str:
+def _checksum(record: Mapping[str, object]) -> str:
     stored = json.loads(json.dumps(record))  # with the key types and sequences that a reader of the file gets
     return xxhash.xxh3_128_hexdigest(json.dumps(stored, sort_keys=True).encode())

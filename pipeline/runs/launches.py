@@ -11,7 +11,6 @@ an agent, every command is a launch of its own.
 import os
 import uuid
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
@@ -70,7 +69,7 @@ def prefix() -> str:
     return f"{VARIABLE}={_present} "
 
 
-def note() -> dict[str, Any]:
+def note() -> dict[str, object]:
     """Return the entry for artifact.json and unfinished.json."""
     return {KEY: _present}
 

@@ -8,7 +8,6 @@ import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from pipeline import __version__
 from pipeline.runs.processes import process_count
@@ -17,7 +16,7 @@ _LIBRARIES = ("torch", "transformers", "trl", "peft", "nvidia-modelopt", "accele
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # Unit of getrusage(2): bytes on macOS, KiB on Linux.
 
 
-def record() -> dict[str, Any]:
+def record() -> dict[str, object]:
     """Return the program's version and commit, the versions of libraries, the machine, and this process's peak memory.
 
     The peak of GPU memory counts this stage only. Linux keeps one peak of host memory for the life of a process, so the

@@ -308,6 +308,6 @@ def _read_unfinished(directory: Path) -> dict[str, Any] | None:
     return record | {"settings": without_secrets(record["settings"])}
 
 
-def write_unfinished(directory: Path, inputs: Mapping[str, Any]) -> None:
+def write_unfinished(directory: Path, inputs: Mapping[str, object]) -> None:
     """State the inputs of an unfinished stage in unfinished.json."""
     write_json(directory / UNFINISHED_FILE, seal({"version": ARTIFACT_VERSION, **inputs, **launches.note()}))

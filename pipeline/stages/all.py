@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from pipeline.checkpoints.config_json import read_config
+from pipeline.checkpoints.config_json import read_model
 from pipeline.config import PipelineConfig, QuantizeSource, Stage, leaves_nothing_to_round, list_controls, rebuilds
 from pipeline.config.controls import reason_for_none
 from pipeline.doctor import fit, machine
@@ -64,7 +64,7 @@ def _run(stage: Stage, config: PipelineConfig) -> Artifact:
 
 def _raise_if_too_small(config: PipelineConfig, report: Artifact) -> None:
     here = Run(config)
-    model = read_config(source.locate_without_weights(here, config.model))
+    model = read_model(source.locate_without_weights(here, config.model))
     free = machine.figures(here.directory)
     fit.raise_if_too_small(Facts.of(report.read(DoctorRecord), free, Plan.of(config), model, here))
 

@@ -6,7 +6,7 @@ from typing import Any
 import xxhash
 
 from pipeline.checkpoints import largest_codes, soundness
-from pipeline.checkpoints.config_json import read_config
+from pipeline.checkpoints.config_json import read_model
 from pipeline.checkpoints.largest_codes import CodeFigures
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.side_files import side_files
@@ -69,7 +69,7 @@ def run(config: PipelineConfig) -> Artifact:
     found: list[str] = []  # to find remedies takes time, so a new report and its display share the findings
 
     def write(directory: Path) -> Result:
-        figures, shapes = _data_figures(config, rows, how, tell), read_config(model)
+        figures, shapes = _data_figures(config, rows, how, tell), read_model(model)
         free = machine.figures(here.directory, _planned(config))
         longest, on_gpu = figures["lengths"]["longest"], free["gpus"] > 0
         needed = prediction.needs_of(config, shapes, longest, process_count(), on_gpu=on_gpu)
@@ -81,13 +81,7 @@ def run(config: PipelineConfig) -> Artifact:
         here,
         Stage.doctor,
         settings=_SETTINGS,
-        parents={
-            "tokenizer": _fingerprint(model),
-            "processes": str(process_count()),
-            "device": "GPU" if gpus.visible() or _planned(config) else "CPU",
-            "unused": xxhash.xxh3_128_hexdigest(repr(rows.unused).encode()),
-            **({"weights": source.sampled_fingerprint(model)} if weights else {}),
-        },
+        parents=_parents(config, model, rows, has_weights=weights is not None),
         work=write,
         data=rows.fingerprint,
         is_report=True,
@@ -95,9 +89,20 @@ def run(config: PipelineConfig) -> Artifact:
     if is_main_process():
         # Free memory and disk space change all the time, so they are measured even if the report is up to date.
         free = machine.figures(here.directory, _planned(config))
-        facts = Facts.of(artifact.read(DoctorRecord), free, Plan.of(config), read_config(model), here)
+        facts = Facts.of(artifact.read(DoctorRecord), free, Plan.of(config), read_model(model), here)
         _show(facts, rows, how, found or findings.findings(facts))
     return artifact
+
+
+def _parents(config: PipelineConfig, model: Path, rows: Rows, *, has_weights: bool) -> dict[str, str]:
+    """Return everything that the report depends on, besides its settings and the data."""
+    return {
+        "tokenizer": _fingerprint(model),
+        "processes": str(process_count()),
+        "device": "GPU" if gpus.visible() or _planned(config) else "CPU",
+        "unused": xxhash.xxh3_128_hexdigest(repr(rows.unused).encode()),
+        **({"weights": source.sampled_fingerprint(model)} if has_weights else {}),
+    }
 
 
 def _show(facts: Facts, rows: Rows, how: Rendering, found: list[str]) -> None:

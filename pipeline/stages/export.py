@@ -1,9 +1,10 @@
 """export: writes a checkpoint for serving, and reports how much of the training reached the 4-bit weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoints.notes import Note
 from pipeline.checkpoints.released import stop_problems
 from pipeline.checkpoints.shards import Written
 from pipeline.checkpoints.side_files import choose_side_files, describe_differences
@@ -87,7 +88,7 @@ def _record(written: Written, ref: ModelRef, target: str, directory: Path, own: 
     experts = [note for stacks in layers.values() for note in stacks]
     whole, rounding = _figures(experts)
     copied = [name for note in notes if note["is_copied"] for name in note["tensors"]]
-    figures = {
+    figures: dict[str, Any] = {
         "tensor_bytes": written.bytes,
         "expert_weights": int(sum(note["sums"]["values"] for note in experts)),
         "copied_tensors": len(copied),
@@ -116,7 +117,7 @@ def _record(written: Written, ref: ModelRef, target: str, directory: Path, own: 
     return record
 
 
-def _figures(stacks: Sequence[Mapping[str, Any]]) -> tuple[Figures, Figures]:
+def _figures(stacks: Sequence[Note]) -> tuple[Figures, Figures]:
     """Return error and survival, and the account, of some stacks of experts."""
     sums = account.total(note["sums"] for note in stacks)
     saturated = sum(note["saturated_blocks"] for note in stacks)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -53,6 +53,9 @@ from pipeline.runs.console import say
 from pipeline.runs.records import ModelRecord, QuantizeRecord
 from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precision", "qat.seed")
 BASE_DIR = "base"
@@ -95,7 +98,7 @@ def _find_start(config: PipelineConfig, here: Run) -> ModelRef:
 
 
 def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline.models import adapters, fake_quantizers, quantizer_calls
+    from pipeline.models import adapters
 
     block_format = references.configured_format(config.format)
     rounds = _writes_rounded(config)
@@ -113,21 +116,7 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
     if config.qat.method is Method.lora and not start.adapter:
         model = adapters.attach(model, config.qat, "qat")
         kind, saved, _ = saving.save(model, start, directory, train=config.qat, shared=config.sharding)
-    batches = _calibration_batches(config, splits.train, ref)
-    fake_quantizers.insert(model, block_format, lambda quantized: _run(quantized, batches))
-    if config.format.importance:
-        fake_quantizers.calibrate_importance(model, lambda quantized: _run(quantized, batches))
-    quantizers = fake_quantizers.count(model, block_format)
-    with quantizer_calls.watch(model) as fired:
-        _run(model, batches[:1])
-    fired.raise_unless_all(model)
-    fake_quantizers.save_state(model, directory)
-    say(
-        "quantize",
-        f"{quantizers} quantizers round the experts to {block_format.name} (scale_rule={block_format.scale_rule});"
-        " each ran, and no other quantizer did",
-    )
-    log_metrics(directory, {"quantizers": quantizers})
+    quantizers = _insert_quantizers(config, model, _calibration_batches(config, splits.train, ref), directory)
     if not rounds:
         form = replace(form, account=_measure(config, here, _written(directory, kind, saved), directory))
     record = QuantizeRecord(
@@ -143,6 +132,30 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
     )
     stored = MXFP4.name if kind is Kind.packed else saved.dtype
     return Result(kind, record, stored, block_format.name, block_format.scale_rule, form.digests)
+
+
+def _insert_quantizers(
+    config: PipelineConfig, model: "PreTrainedModel", batches: Sequence[dict[str, Tensor]], directory: Path
+) -> int:
+    """Insert the fake quantizers, calibrate them, check that each runs, and save their state. Return their number."""
+    from pipeline.models import fake_quantizers, quantizer_calls
+
+    block_format = references.configured_format(config.format)
+    fake_quantizers.insert(model, block_format, lambda quantized: _run(quantized, batches))
+    if config.format.importance:
+        fake_quantizers.calibrate_importance(model, lambda quantized: _run(quantized, batches))
+    quantizers = fake_quantizers.count(model, block_format)
+    with quantizer_calls.watch(model) as fired:
+        _run(model, batches[:1])
+    fired.raise_unless_all(model)
+    fake_quantizers.save_state(model, directory)
+    say(
+        "quantize",
+        f"{quantizers} quantizers round the experts to {block_format.name} (scale_rule={block_format.scale_rule});"
+        " each ran, and no other quantizer did",
+    )
+    log_metrics(directory, {"quantizers": quantizers})
+    return quantizers
 
 
 def _writes_rounded(config: PipelineConfig) -> bool:

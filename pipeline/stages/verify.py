@@ -6,7 +6,7 @@ The report lists every difference. The exit status is 1 if the export is wrong.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
@@ -294,7 +294,7 @@ def _export_command(model: Path) -> str:
     return stage_command(Stage.export, f"export.source={model}")
 
 
-def _model_type(directory: Path) -> Any:
+def _model_type(directory: Path) -> object:
     """Return `model_type` of config.json, or None if it cannot be read. A check reports an unreadable file."""
     try:
         return read_config(directory).get("model_type")
@@ -355,7 +355,7 @@ def _trained(here: Run, export: Artifact) -> tuple[ModelRef | None, str]:
     return None, f"the model that it was made from, {former}, no longer exists"
 
 
-def _record(check: "Check") -> dict[str, Any]:
+def _record(check: "Check") -> dict[str, object]:
     return {
         "title": check.title,
         "status": check.status,

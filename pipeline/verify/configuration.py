@@ -7,7 +7,6 @@ The expected values do not come from the code that writes exports. The number fo
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.checkpoints.config_json import CONFIG, read_config
 from pipeline.checkpoints.gpt_oss import Shape, TensorInfo
@@ -52,7 +51,7 @@ class Statement:
             return f"{self.name} is {_shorten(self.found)}, but must be {_shorten(self.expected)}"
         return None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Return the statement as the report shows it. A value that must be absent, or is absent, is left out."""
         values = {"expected": self.expected, "found": self.found}
         return {name: value for name, value in values.items() if value is not _ABSENT}

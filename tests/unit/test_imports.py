@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.house import parse
+
 PACKAGE = Path(__file__).parents[2] / "pipeline"
 
 ORDER: tuple[tuple[str, ...], ...] = (
@@ -64,7 +66,7 @@ def modules() -> dict[str, Path]:
 def imported(name: str) -> frozenset[str]:
     """List every module that a file imports, also inside functions. `from pipeline import x` counts as pipeline.x."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(modules()[name].read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(modules()[name])):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from pipeline.config import GenerationConfig, InstructionsRole
 from pipeline.data.conversations import INSTRUCTIONS, Conversation, Function
@@ -76,7 +76,7 @@ def request(
     if settings.temperature:
         body["seed"] = question.seed(settings.seed)
     if conversation.tools:
-        body["tools"] = conversation.tools
+        body["tools"] = cast(Json, conversation.tools)
     return body
 
 

@@ -199,8 +199,7 @@ class Client:
         """Send one request, and return the result of `read` for the reply.
 
         Args:
-            method: the HTTP method.
-            path: the path below the API's address.
+            method, path: the HTTP method, and the path below the API's address.
             body: the body of the request, sent as JSON.
             read: a function of the parsed JSON. It raises KeyError, IndexError or TypeError if the form is unexpected.
             what: name of the requested answer, for messages.

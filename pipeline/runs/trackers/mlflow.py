@@ -164,7 +164,7 @@ def _model_name(item: Item) -> str:
     return item.name.replace(".", "_")  # MLflow refuses dots in names of models
 
 
-def _params(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _params(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield the settings as flat texts. config.json holds longer ones."""
     for name, value in config.items():
         if isinstance(value, Mapping):
