@@ -239,8 +239,9 @@ def _flash_forward(
 
 
 def _flash_backward(*args: Any, **layer: Any) -> tuple[Tensor, ...]:
-    *tensors, bounds, _, longest = args[:9]  # gradient, query, key, value, output, log-sum-exp
-    return sink_attention._backward_on_cpu(*tensors, bounds, _layer(longest, **layer))
+    *tensors, total, bounds, _, longest = args[:9]  # gradient, query, key, value, output, log-sum-exp
+    made = _layer(longest, **layer)
+    return sink_attention._backward_on_cpu(*tensors, total=total, bounds=bounds, layer=made)
 
 
 def _layer(longest: int, scale: float, window_size_left: int | None = None) -> Any:

@@ -89,7 +89,7 @@ def _judge(export: Export, rows: list[Row], tests: list[Test], margin: float, la
     )
     lineage = export.measured.lineage if export.measured is not None else {}
     made = [row for row in rows if row.fingerprint in lineage.values() and row.model in lineage]
-    tiles = make_tiles(evidence, export.measured, served, whole, export.proof, made)
+    tiles = make_tiles(evidence, export.measured, served=served, whole=whole, proof=export.proof, made=made)
     return Verdict(label, decide(evidence, margin), tiles)
 
 

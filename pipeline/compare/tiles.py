@@ -28,6 +28,7 @@ class Tile:
 def make_tiles(
     evidence: Evidence,
     measured: Row | None,
+    *,
     served: float | None,
     whole: float | None,
     proof: StageFacts | None,

@@ -10,12 +10,14 @@ from pipeline.checkpoints.config_json import read_model
 from pipeline.checkpoints.gpt_oss import GptOssJson, Shape, expert_projections
 from pipeline.checkpoints.recognition import describe_missing
 from pipeline.config import (
+    FormatConfig,
     LoraConfig,
     Method,
     PipelineConfig,
     QuantizeSource,
     Stage,
     TrainConfig,
+    VerifyConfig,
     leaves_nothing_to_round,
     rebuilds,
 )
@@ -65,7 +67,7 @@ def problems(config: PipelineConfig, is_launched_well: bool = True) -> list[str]
         _check_data(found, here)
     if config.stage is Stage.all:
         login = hub_login.problems(config.export) if is_main_process() else []  # only the main process uploads
-        later = [*_source_problems(here), *_verify_problems(config), *login]
+        later = [*_source_problems(here), *_verify_problems(config.verify, config.export.layout.name), *login]
         return [*found.problems, *later]
     return found.problems
 
@@ -116,7 +118,7 @@ def _check_model(found: Attempts, here: Run, trained: dict[str, TrainConfig]) ->
             found.attempt(lambda name=name: _raise_if_too_small(here, model, name))  # type: ignore[misc]
     if config.stage is Stage.all:
         found.attempt(lambda: foreign_sft.check(here, directory))
-        _check_export(found, config, model, directory)
+        _check_export(found, config.format, config.export.layout.name, model, directory)
 
 
 def _raise_if_no_layer(lora: LoraConfig, shape: Shape, section: str) -> None:
@@ -124,14 +126,16 @@ def _raise_if_no_layer(lora: LoraConfig, shape: Shape, section: str) -> None:
         raise UserError(problem)
 
 
-def _check_export(found: Attempts, config: PipelineConfig, model: GptOssJson, directory: Path) -> None:
+def _check_export(
+    found: Attempts, format_config: FormatConfig, layout: str, model: GptOssJson, directory: Path
+) -> None:
     from pipeline.export import EXPORTERS
     from pipeline.export.weights import raise_if_not_divisible
 
-    block_format = references.configured_format(config.format)
+    block_format = references.configured_format(format_config)
     for projection in expert_projections(Shape.of(model, directory))[:2]:  # all layers have the same sizes
         found.attempt(lambda projection=projection: raise_if_not_divisible(projection, block_format))  # type: ignore[misc]
-    found.attempt(lambda: EXPORTERS[config.export.layout.name].check_source(model, directory))
+    found.attempt(lambda: EXPORTERS[layout].check_source(model, directory))
 
 
 def _raise_if_too_small(here: Run, model: GptOssJson, stage: str) -> None:
@@ -194,10 +198,9 @@ def _source_problems(here: Run) -> list[str]:
     return [problem for problem in found if problem is not None]
 
 
-def _verify_problems(config: PipelineConfig) -> list[str]:
-    verify = config.verify
+def _verify_problems(verify: VerifyConfig, layout: str) -> list[str]:
     engines = [engine.name for engine in verify.engines]
-    found = loading_problems(engines, config.export.layout.name, vars(verify.python))
+    found = loading_problems(engines, layout, vars(verify.python))
     places: Sequence[tuple[str, str | None]] = (
         ("verify.reference", verify.reference),
         ("verify.checkpoint", verify.checkpoint),

@@ -197,7 +197,7 @@ def _calibrated(model: Model, asked: QuantizeConfig, amounts: Amounts) -> float:
 
 
 def evaluation(
-    plan: Plan, asked: Inference, config: GptOssJson, amounts: Amounts, devices: Devices, models: int
+    plan: Plan, asked: Inference, config: GptOssJson, amounts: Amounts, devices: Devices, *, models: int
 ) -> Work:
     """Count the work of `evaluate` for `models` models on one device: validation loss and generated answers.
 
@@ -230,6 +230,7 @@ def of_stages(
     asked: Inference,
     config: GptOssJson,
     amounts: Amounts,
+    *,
     needed: NeedFigures,
     devices: Devices,
 ) -> dict[str, Work]:
@@ -257,5 +258,5 @@ def of_stages(
     found[Stage.verify.name] = values + checked + Work(disk_bytes=2 * source + whole + 2 * disk["export"])
     # The models are upcast and export, quantize, the trained ones, and adapters that another program trained.
     count = 2 + (Stage.qat.name in plan.trainings) + len(trained) + (plan.quantize.adapters is not None)
-    found[Stage.evaluate.name] = evaluation(plan, asked, config, amounts, devices, count)
+    found[Stage.evaluate.name] = evaluation(plan, asked, config, amounts, devices, models=count)
     return found

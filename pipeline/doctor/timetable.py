@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from pipeline.checkpoints.config_json import is_quantized
-from pipeline.config import PipelineConfig, Stage
+from pipeline.config import EvaluateConfig, Stage
 from pipeline.config.controls import controls_of
 from pipeline.config.gpus import GPUS, GpuModel, recognize_gpu
 from pipeline.doctor import speeds, time
@@ -82,7 +82,7 @@ def of_run(facts: Facts, speed: Speed, prompts: int) -> Timetable:
     config, devices = facts.run.config, Devices(facts.machine["processes"], speed.capability)
     amounts = amounts_of(facts.data, prompts)
     asked = Inference(config.evaluate, config.verify.samples, config.model.dtype)
-    done = time.of_stages(facts.plan, asked, facts.model, amounts, facts.needs, devices)
+    done = time.of_stages(facts.plan, asked, facts.model, amounts, needed=facts.needs, devices=devices)
     if config.controls:
         done["controls"] = _controls(facts, amounts, devices)
     return Timetable(
@@ -90,7 +90,7 @@ def of_run(facts: Facts, speed: Speed, prompts: int) -> Timetable:
         speed.name,
         devices.count,
         config.doctor.price_per_gpu_hour,
-        _missing(config),
+        _missing(config.evaluate),
     )
 
 
@@ -122,9 +122,9 @@ def unknown_gpu(name: str) -> str:
     return f"no estimate: the speed of {name} is unknown here. Set doctor.gpu to the most similar of {', '.join(GPUS)}"
 
 
-def _missing(config: PipelineConfig) -> str:
-    parts = ["lm_eval tasks"] if config.evaluate.lm_eval.tasks else []
-    parts += ["models on servers"] if config.evaluate.endpoint.url is not None else []
+def _missing(evaluate: EvaluateConfig) -> str:
+    parts = ["lm_eval tasks"] if evaluate.lm_eval.tasks else []
+    parts += ["models on servers"] if evaluate.endpoint.url is not None else []
     return f", without {' and '.join(parts)}" if parts else ""
 
 

@@ -119,7 +119,7 @@ def forward(
     groups, order = sort_by_expert(chosen, module.num_experts)
 
     def project(name: str, rows: Tensor) -> Tensor:
-        return _project(experts, name, rows, factors.get(name), groups, multiply)
+        return _project(experts, name, rows, factors.get(name), groups=groups, multiply=multiply)
 
     rows = project(DOWN, module._apply_gate(project(GATE_UP, states[order // chosen.shape[1]])))
     rows = rows * shares.flatten()[order].unsqueeze(-1)
@@ -129,7 +129,7 @@ def forward(
 
 
 def _project(
-    experts: nn.Module, name: str, rows: Tensor, factors: Factors | None, groups: Groups, multiply: Multiply
+    experts: nn.Module, name: str, rows: Tensor, factors: Factors | None, *, groups: Groups, multiply: Multiply
 ) -> Tensor:
     """Multiply rows by a stack of weights and by the factors of its adapters, and add the biases.
 

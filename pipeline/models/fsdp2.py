@@ -158,7 +158,7 @@ def _read_shard(name: str, parameter: DTensor, read: Read, device: torch.device)
     rows = slice(first, min(first + length, parameter.shape[0]))
     if rows.stop - rows.start != parameter.to_local().shape[0]:
         raise CheckFailed(f"{name}: FSDP2 gives this process {parameter.to_local().shape[0]} rows, not {rows}")
-    local = streaming.read_rows(read, name, parameter.shape, parameter.dtype, device, rows)
+    local = streaming.read_rows(read, name, parameter.shape, parameter.dtype, device, rows=rows)
     whole = DTensor.from_local(
         local, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
     )

@@ -211,7 +211,7 @@ class _SinkAttention(torch.autograd.Function):
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, out, total, bounds, *state = ctx.saved_tensors
         run = _backward_on_cpu if query.device.type == "cpu" else _backward_on_cuda
-        gradients = run(grad.contiguous(), query, key, value, out, total, bounds, ctx.layer, *state)
+        gradients = run(grad.contiguous(), query, key, value, out, *state, total=total, bounds=bounds, layer=ctx.layer)
         return (*gradients, _sinks_gradient(grad, out, total, sinks) if ctx.needs_input_grad[3] else None, None, None)
 
 
@@ -248,10 +248,10 @@ def _backward_on_cuda(
     key: Tensor,
     value: Tensor,
     out: Tensor,
+    *state: Tensor,
     total: Tensor,
     bounds: Tensor,
     layer: _Layer,
-    *state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients: tuple[Tensor, Tensor, Tensor] = aten._flash_attention_backward(
         grad,
@@ -300,6 +300,7 @@ def _backward_on_cpu(
     key: Tensor,
     value: Tensor,
     out: Tensor,
+    *,
     total: Tensor,
     bounds: Tensor,
     layer: _Layer,

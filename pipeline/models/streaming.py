@@ -99,7 +99,7 @@ def fill(
 
 
 def read_rows(
-    read: Read, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, rows: slice = slice(None)
+    read: Read, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, *, rows: slice = slice(None)
 ) -> Tensor:
     """Load some rows of a parameter onto a device. They are read in parts, which take little host memory.
 

@@ -183,7 +183,7 @@ def fake_quantize(
         dtype: type of the result, float32 or bfloat16. Both hold every value of the formats. None means the type of
             `values`.
     """
-    return straight_through(values, _round(values, block_format, tensor_scale, importance, dtype, is_bad))
+    return straight_through(values, _round(values, block_format, tensor_scale, importance, dtype=dtype, is_bad=is_bad))
 
 
 def straight_through(values: Tensor, rounded: Tensor) -> Tensor:
@@ -224,12 +224,13 @@ def _round(
     block_format: BlockFormat,
     given: Tensor | None,
     importance: Tensor | None,
+    *,
     dtype: torch.dtype | None,
     is_bad: Tensor | None,
 ) -> Tensor:
     if given is not None:
         _unit(given, block_format)
-    found = _round_whole(values, block_format, given, importance, dtype or values.dtype, is_bad)
+    found = _round_whole(values, block_format, given, importance, dtype=dtype or values.dtype, is_bad=is_bad)
     if found is not None:
         return found
     unit = _unit(tensor_scale(values, block_format) if given is None else given, block_format)
@@ -246,6 +247,7 @@ def _round_whole(
     block_format: BlockFormat,
     given: Tensor | None,
     importance: Tensor | None,
+    *,
     dtype: torch.dtype,
     is_bad: Tensor | None,
 ) -> Tensor | None:
@@ -307,7 +309,7 @@ class _Rounding:
         for slab in slabs.split(self.view):
             part, unit = slabs.take(self.view, slab), _of(self._unit, slab)
             amax, weights = kernels.block_amax(part).float(), self._weights_of(slab)
-            chosen = rounding.choose_scales(part, amax, scale_type, self._format.scale_rule, unit, weights)
+            chosen = rounding.choose_scales(part, amax, scale_type, self._format.scale_rule, unit=unit, weights=weights)
             self.scales[slab] = chosen
             yield slab, part, amax, scales.divisor(chosen, scale_type, unit)
         bad = self.scales == scales.NAN[scale_type]

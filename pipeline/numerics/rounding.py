@@ -14,7 +14,7 @@ _FLOAT64_BIAS, _FLOAT64_SHIFT = 1023, 52
 
 
 def choose_scales(
-    values: Tensor, amax: Tensor, scale_type: ScaleType, rule: str, unit: Tensor | None, weights: Tensor | None
+    values: Tensor, amax: Tensor, scale_type: ScaleType, rule: str, *, unit: Tensor | None, weights: Tensor | None
 ) -> Tensor:
     """Choose a scale for each block: (L, nb, block, lanes) -> (L, nb, lanes) uint8.
 

@@ -36,7 +36,7 @@ def round_stack(
     amax = kernels.block_amax(values).float()
     if unit is None and scale_type is ScaleType.e4m3:
         unit = scales.tensor_scale_for_amax(amax.amax(dim=(1, 2)), rule)
-    chosen = rounding.choose_scales(values, amax, scale_type, rule, unit, weights)
+    chosen = rounding.choose_scales(values, amax, scale_type, rule, unit=unit, weights=weights)
     divisor = scales.divisor(chosen, scale_type, unit)
     rounded = kernels.round_blocks(values, divisor.inverse, divisor.significand, divisor.scale)
     return rounded.to(dtype), (chosen == scales.NAN[scale_type]).any()
@@ -63,7 +63,7 @@ def merged_amax(
 
     `block_size` is the number of values in a block of the result. A block of the base always has 32.
     """
-    merged = _merged(blocks, stored, a, b, scaling, dtype)
+    merged = _merged(blocks, stored, a, b, scaling, dtype=dtype)
     return kernels.block_amax(merged.unflatten(1, (-1, block_size))).float()
 
 
@@ -115,12 +115,12 @@ def round_merged(
     Returns:
         Rounded weights, (L, in, out) of type `dtype`.
     """
-    merged = _merged(blocks, stored, a, b, scaling, dtype)
+    merged = _merged(blocks, stored, a, b, scaling, dtype=dtype)
     view = merged.unflatten(1, (inverse.shape[1], -1))
     return kernels.round_blocks(view, inverse, significand, scale).flatten(1, 2)
 
 
-def _merged(blocks: Tensor, stored: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+def _merged(blocks: Tensor, stored: Tensor, a: Tensor, b: Tensor, scaling: float, *, dtype: torch.dtype) -> Tensor:
     """Return base + delta, (L, in, out) of type `dtype`."""
     return low_rank.add_delta(_decoded(blocks, stored, None).to(dtype).flatten(1, 2), a, b, scaling)
 

@@ -57,6 +57,7 @@ def round_layers(
     job: Job,
     settings: GptqSettings,
     batches: Sequence[Mapping[str, Tensor]],
+    *,
     attention: str,
     directory: Path,
     output_bytes: int,
@@ -148,7 +149,7 @@ class _LayerWork:
         rounded, clipped = self._fall_back(projection, group, trained, scales, few)
         enough = [i for i in range(len(group)) if i not in few]
         if enough:
-            rounded[enough] = self._round_gptq(projection, group, trained, scales, hessians, enough)
+            rounded[enough] = self._round_gptq(projection, group, trained, scales, hessians, enough=enough)
         made = round_experts(rounded, self._job.block_format, scales)
         blocks, stored, unit = (None if each is None else each.cpu() for each in (made.blocks, *scales))
         assert blocks is not None and stored is not None
@@ -196,6 +197,7 @@ class _LayerWork:
         trained: Tensor,
         scales: Scales,
         hessians: Hessians,
+        *,
         enough: Sequence[int],
     ) -> Tensor:
         """Round the experts in `enough` with GPTQ. The result has the shape (experts, in, out)."""

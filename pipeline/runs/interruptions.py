@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.config import PipelineConfig, Stage
+from pipeline.config import Stage, TrainConfig
 from pipeline.runs import commands
 from pipeline.runs.artifacts import ARTIFACT_FILE, CHECKPOINTS_DIR, SHARDS_FILE, WHOLE_FILE
 from pipeline.runs.run import Run
@@ -41,26 +41,26 @@ def message(what: str) -> str:
     directory = run.stage_dir(stage)
     if (directory / ARTIFACT_FILE).is_file():
         return f"{what}. stage={stage.name} is as it was before. {go_on}"
-    return f"{what}. stage={stage.name}: {_kept(directory, stage, run.config)}. {go_on}"
+    train = {Stage.sft: run.config.sft, Stage.qat: run.config.qat}.get(stage)
+    return f"{what}. stage={stage.name}: {_kept(directory, train)}. {go_on}"
 
 
-def _kept(directory: Path, stage: Stage, config: PipelineConfig) -> str:
-    """Say at which place the next run of a stage starts."""
-    if stage in (Stage.sft, Stage.qat):
-        return _checkpoint(directory, config)
+def _kept(directory: Path, train: TrainConfig | None) -> str:
+    """Say at which place the next run of a stage starts. `train` are the settings of a stage that trains."""
+    if train is not None:
+        return _checkpoint(directory, train.save_steps)
     kept = [text for text in _parts(directory) if text]
     return f"kept so far: {' and '.join(kept)}" if kept else "the next run starts from the beginning"
 
 
-def _checkpoint(directory: Path, config: PipelineConfig) -> str:
+def _checkpoint(directory: Path, save_steps: int) -> str:
     whole = [path.parent.name for path in (directory / CHECKPOINTS_DIR).glob(f"checkpoint-*/{WHOLE_FILE}")]
     if whole:
         return (
             f"the next run starts from step {max(int(name.rpartition('-')[2]) for name in whole)}, its last checkpoint"
         )
-    name = directory.name
-    steps = (config.sft if name == Stage.sft.name else config.qat).save_steps
-    return f"the next run starts from the beginning, because there is no checkpoint yet ({name}.save_steps={steps})"
+    setting = f"{directory.name}.save_steps={save_steps}"
+    return f"the next run starts from the beginning, because there is no checkpoint yet ({setting})"
 
 
 def _parts(directory: Path) -> Iterator[str]:

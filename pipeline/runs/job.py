@@ -35,7 +35,7 @@ def run_job(config: PipelineConfig, find_ahead: FindMore) -> "Artifact":
     other_libraries.silence()
     try:
         preflight.check(config, lambda job, fits: _find_ahead(job, fits, find_ahead))
-        _agree(config)
+        _agree(config.overwrite)
         with tracking.one_hint(config.stage.name):
             for stage in Run(config).earlier_stages():
                 run_stage(replace(config, stage=stage, overwrite=False))
@@ -51,11 +51,11 @@ def run_job(config: PipelineConfig, find_ahead: FindMore) -> "Artifact":
 def _find_ahead(config: PipelineConfig, is_launched_well: bool, find_ahead: FindMore) -> list[str]:
     """Call `find_ahead`. It reads the run, so the processes first agree on their launch, if they can."""
     if is_launched_well:
-        _agree(config)
+        _agree(config.overwrite)
     return find_ahead(config, is_launched_well)
 
 
-def _agree(config: PipelineConfig) -> None:
+def _agree(overwrite: object) -> None:
     """Let all processes have one launch if they look for its results. Agreeing again changes nothing."""
-    if config.overwrite is not False:
+    if overwrite is not False:
         launches.agree()

@@ -3,10 +3,13 @@
 from collections.abc import Callable, Iterator
 
 from pipeline.config import (
+    DataConfig,
     Device,
+    EvaluateConfig,
     Experts,
     Method,
     PipelineConfig,
+    QuantizeConfig,
     Sharding,
     Stage,
     TrainConfig,
@@ -46,7 +49,7 @@ def _training(name: str, train: TrainConfig, config: PipelineConfig, on_gpu: boo
     for saving in (savings.use_small_batch, savings.reshard_after_forward, savings.checkpoint_gradients):
         if change := saving(train):
             yield " ".join(savings.write_overrides(name, change))
-    yield from _shorter(config)
+    yield from _shorter(config.data)
     source, experts = config.quantize.source, config.upcast.experts
     if train.method is Method.full and can_train_parts(name, source, experts):
         yield savings.write_group(name, "bf16_parts")
@@ -56,44 +59,44 @@ def _training(name: str, train: TrainConfig, config: PipelineConfig, on_gpu: boo
         yield "sharding=fsdp2 (on several GPUs, with scripts/launch)"
 
 
-def _shorter(config: PipelineConfig) -> Iterator[str]:
-    if config.data.max_length > savings.SHORTEST:
-        yield f"data.max_length={config.data.max_length // 2}"
+def _shorter(data: DataConfig) -> Iterator[str]:
+    if data.max_length > savings.SHORTEST:
+        yield f"data.max_length={data.max_length // 2}"
 
 
-def _quantize(config: PipelineConfig, on_gpu: bool) -> Iterator[str]:
-    if config.quantize.batch_size > 1:
+def _quantize(quantize: QuantizeConfig, data: DataConfig) -> Iterator[str]:
+    if quantize.batch_size > 1:
         yield "quantize.batch_size=1"
-    yield from _shorter(config)
+    yield from _shorter(data)
 
 
-def _evaluate(config: PipelineConfig, on_gpu: bool) -> Iterator[str]:
-    if config.evaluate.batch_size > 1:
+def _evaluate(evaluate: EvaluateConfig, data: DataConfig) -> Iterator[str]:
+    if evaluate.batch_size > 1:
         yield "evaluate.batch_size=1"
-    if config.evaluate.generate and config.evaluate.generation.batch_size > 1:
+    if evaluate.generate and evaluate.generation.batch_size > 1:
         yield "evaluate.generation.batch_size=1"
-    if config.evaluate.lm_eval.tasks and config.evaluate.lm_eval.batch_size > 1:
+    if evaluate.lm_eval.tasks and evaluate.lm_eval.batch_size > 1:
         yield "evaluate.lm_eval.batch_size=1"
-    yield from _shorter(config)
+    yield from _shorter(data)
 
 
-def _verify(config: PipelineConfig, on_gpu: bool) -> Iterator[str]:
+def _verify(on_gpu: bool) -> Iterator[str]:
     if on_gpu:
         yield "CUDA_VISIBLE_DEVICES='' (the check then runs on the CPU)"
 
 
-def _conversion(config: PipelineConfig, on_gpu: bool) -> Iterator[str]:
-    if on_gpu and config.device is not Device.cpu:
+def _conversion(device: Device, on_gpu: bool) -> Iterator[str]:
+    if on_gpu and device is not Device.cpu:
         yield "device=cpu"
 
 
 _BY_STAGE: dict[Stage, Callable[[PipelineConfig, bool], Iterator[str]]] = {
-    Stage.upcast: _conversion,
+    Stage.upcast: lambda config, on_gpu: _conversion(config.device, on_gpu),
     Stage.sft: _sft,
-    Stage.quantize: _quantize,
+    Stage.quantize: lambda config, _: _quantize(config.quantize, config.data),
     Stage.qat: _qat,
-    Stage.export: _conversion,
-    Stage.verify: _verify,
-    Stage.evaluate: _evaluate,
+    Stage.export: lambda config, on_gpu: _conversion(config.device, on_gpu),
+    Stage.verify: lambda _, on_gpu: _verify(on_gpu),
+    Stage.evaluate: lambda config, _: _evaluate(config.evaluate, config.data),
 }
 """Stage -> function that yields its remedies. The other stages hold no tensors."""

@@ -96,7 +96,7 @@ def check(config: PipelineConfig, find_more: FindMore | None = None) -> None:
 def problems(config: PipelineConfig, machine: Machine) -> list[str]:
     """Return a message for each mistake. It names the remedy."""
     trained = _trained(config)
-    found = [*_device_problems(config, machine), *_process_problems(machine, is_training=bool(trained))]
+    found = [*_device_problems(config.device, machine), *_process_problems(machine, is_training=bool(trained))]
     if trained:
         found += [*_precision_problems(trained, machine), *_launcher_problems(trained, machine)]
     return found
@@ -110,8 +110,8 @@ def _trained(config: PipelineConfig) -> dict[str, TrainConfig]:
     return found
 
 
-def _device_problems(config: PipelineConfig, machine: Machine) -> Iterator[str]:
-    if config.device is Device.cuda and not machine.gpus:
+def _device_problems(device: Device, machine: Machine) -> Iterator[str]:
+    if device is Device.cuda and not machine.gpus:
         yield NO_GPU if machine.architectures else f"{NO_GPU} (torch {machine.torch} is built without CUDA.)"
 
 

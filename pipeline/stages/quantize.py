@@ -195,7 +195,7 @@ def _write_rounded(config: PipelineConfig, here: Run, ref: ModelRef, splits: Spl
     if asked.method is RoundingMethod.auto:
         job, asked, candidates = _choose(config, here, weights, splits, directory)
     else:
-        job = _prepare(config, asked, here, weights, splits, directory)
+        job = _prepare(config, asked, here, weights, splits, directory=directory)
     into = directory / BASE_DIR if method is Method.lora else directory
     into.mkdir(exist_ok=True)
     is_packed = _packs(config, job.block_format)
@@ -228,7 +228,7 @@ def _choose(
     asked, block_format, ref = config.quantize, references.configured_format(config.format), weights.ref
     packed = origins.find_packed(here.require(Stage.upcast), asked, block_format)
     tried = selection.candidates(asked, block_format, has_own_scales=packed is not None)
-    jobs = [_prepare(config, each, here, weights, splits, directory) for each in tried]
+    jobs = [_prepare(config, each, here, weights, splits, directory=directory) for each in tried]
     chosen = splits.validation.select(range(min(asked.auto_samples, len(splits.validation))))
     batches = losses.batches(chosen, asked.batch_size, load_tokenizer(ref.base).pad_token_id)
     say("quantize", f"auto: {len(jobs)} roundings are compared on {len(chosen)} validation examples")
@@ -238,7 +238,7 @@ def _choose(
 
 
 def _prepare(
-    config: PipelineConfig, asked: QuantizeConfig, here: Run, weights: Weights, splits: Splits, directory: Path
+    config: PipelineConfig, asked: QuantizeConfig, here: Run, weights: Weights, splits: Splits, *, directory: Path
 ) -> Job:
     """Describe how `asked` rounds. GPTQ rounds now. Its codes lie below `directory` until the stage ends."""
     job, ref = _job(config, asked, here, weights), weights.ref
@@ -254,9 +254,9 @@ def _prepare(
             asked.batch_size,
             load_tokenizer(ref.base).pad_token_id,
         ),
-        attention.for_inference(ref.dtype),
-        directory / CHECKPOINTS_DIR / asked.method.name,
-        rounding.output_bytes(job, is_packed=_packs(config, job.block_format)),
+        attention=attention.for_inference(ref.dtype),
+        directory=directory / CHECKPOINTS_DIR / asked.method.name,
+        output_bytes=rounding.output_bytes(job, is_packed=_packs(config, job.block_format)),
     )
     return replace(job, codes=codes)
 

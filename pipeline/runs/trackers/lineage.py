@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pipeline.config import PipelineConfig, Stage
+from pipeline.config import ModelConfig, Stage
 from pipeline.config.controls import DIRECTORY
 from pipeline.config.secrets import without_secrets
 from pipeline.runs import controls, exports, parts
@@ -48,7 +48,7 @@ def inputs(run: Run, parents: Mapping[str, str], data: str | None) -> Iterator[I
         yield Item(item_name("data", base_name(path)), DATASET, data, facts)
     for name, fingerprint in parents.items():
         if name in _BASES:
-            yield _base(config, fingerprint)
+            yield _base(config.model, fingerprint)
         elif found := next((each for each in _candidates(run, name) if each.fingerprint == fingerprint), None):
             yield describe(found)
 
@@ -113,8 +113,7 @@ def item_name(*parts: str) -> str:
     return _NOT_IN_NAMES.sub("-", "-".join(parts))[:_LONGEST_NAME]
 
 
-def _base(config: PipelineConfig, fingerprint: str) -> Item:
-    model = config.model
+def _base(model: ModelConfig, fingerprint: str) -> Item:
     facts: dict[str, Any] = {"path": without_secrets(model.path), "revision": model.revision}
     return Item(item_name("base", base_name(model.path)), MODEL, fingerprint, {**facts, "fingerprint": fingerprint})
 

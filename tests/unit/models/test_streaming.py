@@ -90,7 +90,7 @@ def test_only_a_part_of_a_tensor_is_in_memory_at_a_time() -> None:
         seen.append(rows)
         return torch.arange(rows.start, rows.stop)[:, None].expand(-1, 1 << 18)
 
-    found = streaming.read_rows(read, "wide", torch.Size((40, 1 << 18)), torch.float32, CPU, slice(3, 30))
+    found = streaming.read_rows(read, "wide", torch.Size((40, 1 << 18)), torch.float32, CPU, rows=slice(3, 30))
     assert seen == [slice(start, min(start + 4, 30)) for start in range(3, 30, 4)]
     assert torch.equal(found[:, 7], torch.arange(3.0, 30.0))
 
@@ -99,7 +99,7 @@ def test_reading_no_rows_reads_nothing() -> None:
     def read(name: str, rows: slice) -> Tensor:
         raise AssertionError(f"{name} {rows}")
 
-    assert streaming.read_rows(read, "empty", torch.Size((5, 2)), torch.float32, CPU, slice(5, 5)).shape == (0, 2)
+    assert streaming.read_rows(read, "empty", torch.Size((5, 2)), torch.float32, CPU, rows=slice(5, 5)).shape == (0, 2)
 
 
 def test_a_tensor_of_the_wrong_shape_is_an_error(plain: ModelRef) -> None:

@@ -89,7 +89,7 @@ def batches(lengths: tuple[int, ...] = LENGTHS) -> Any:
 def run(
     work: Job, directory: Path, settings: GptqSettings = ANY_TOKENS, lengths: tuple[int, ...] = LENGTHS
 ) -> codes.LayerCodes:
-    return round_layers(work, settings, batches(lengths), "eager", directory, 0)
+    return round_layers(work, settings, batches(lengths), attention="eager", directory=directory, output_bytes=0)
 
 
 def test_hessians_are_those_of_the_tokens_in_the_rounded_model(
