@@ -9,15 +9,38 @@ from exports import SIZES, record_of
 
 from pipeline.config.controls import is_control
 from pipeline.evaluate.transcripts import Transcript
+from pipeline.runs.records import QuantizeRecord, StageRecord, TrainingRecord, UpcastRecord
 
 RIGHT, WRONG = "7", "8"
+_TRAINED = TrainingRecord(
+    dtype="bfloat16",
+    steps=1,
+    kept_step=1,
+    train_loss_first=1.0,
+    train_loss_last=1.0,
+    validation_loss_before=1.0,
+    validation_loss=1.0,
+)
 PARENTS = {"upcast": {}, "sft": {"upcast": "upcast"}, "quantize": {"sft": "sft"}, "qat": {"quantize": "quantize"}}
 """Model -> its parents. An export is written by `record_export`."""
+
+
+_USUAL: dict[str, StageRecord] = {
+    "upcast": UpcastRecord(
+        dtype="bfloat16", decoded_tensors=0, packed_tensors=0, copied_tensors=0, tensor_bytes=0, source="base"
+    ),
+    "sft": _TRAINED,
+    "quantize": QuantizeRecord(dtype="bfloat16", quantizers=1),
+    "qat": _TRAINED,
+}
+"""Stage -> its record. `details` of `record` changes fields of it."""
 
 
 def record(directory: Path, **facts: Any) -> None:
     """Write a stage's artifact.json."""
     directory.mkdir(parents=True, exist_ok=True)
+    known = _USUAL.get(directory.name)
+    details = {**({} if known is None else known.details()), **facts.pop("details", {})}
     usual: dict[str, Any] = {
         "stage": directory.name,
         "kind": "checkpoint",
@@ -28,7 +51,7 @@ def record(directory: Path, **facts: Any) -> None:
         "parents": {},
         "settings": {},
         "files": {},
-        "details": {},
+        "details": details,
         "base_model": {"path": "gpt", "revision": None},
         "data": None,
         "seconds": 10.0,

@@ -14,6 +14,7 @@ from pipeline.compare.rows import Row
 from pipeline.compare.runs import EvaluatedRun
 from pipeline.compare.table import Table
 from pipeline.runs.json_files import Json
+from pipeline.runs.records import EvaluateRecord
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def collect(runs: list[EvaluatedRun], most_examples: int, margin: float = 5.0) -
         margin: `compare.margin`, in points.
     """
     found = rows.collect(runs)
-    reference = runs[0].evaluated.details["reference"]
+    reference = runs[0].evaluated.read(EvaluateRecord).reference
     tests = evidence.run_tests(found)
     return Content(
         title=f"Comparison of {runs[0].label if len(runs) == 1 else f'{len(runs)} runs'}",

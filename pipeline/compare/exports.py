@@ -6,13 +6,13 @@ from pipeline.compare.decision import NO_EXPORT, Decision, Evidence, Rate, Rise,
 from pipeline.compare.evidence import LOSS, Test, compare_with_itself, reference_of
 from pipeline.compare.names import EXPORT, MODELS, SFT, UPCAST
 from pipeline.compare.rounding import find_twin
-from pipeline.compare.rows import Row, read_model, read_shape, sizes
+from pipeline.compare.rows import Row, is_training, read_model, read_shape, sizes
 from pipeline.compare.runs import EvaluatedRun, StageFacts, distinct_runs, read_facts
 from pipeline.compare.tiles import Tile, make_tiles
 from pipeline.config import ExportTarget
 from pipeline.config.targets import TARGETS
 from pipeline.runs.artifacts import Kind
-from pipeline.runs.records import ExportRecord
+from pipeline.runs.records import ExportRecord, TrainingRecord
 from pipeline.training.symptoms import is_risen
 
 _SERVED = "served_bytes"
@@ -102,9 +102,9 @@ def _rises(export: Export, rows: list[Row]) -> list[Rise]:
         stage = read_model(export.run, model)
         if stage is None or stage.artifact.fingerprint != fingerprint:
             continue
-        if "validation_loss_before" in stage.artifact.details:
-            before, after = (stage.artifact.details[name] for name in ("validation_loss_before", "validation_loss"))
-            found.append(Rise(MODELS.get(model, model), before, after))
+        if is_training(stage):
+            made = stage.artifact.read(TrainingRecord)
+            found.append(Rise(MODELS.get(model, model), made.validation_loss_before, made.validation_loss))
     untrained = next((row for row in rows if row.model == UPCAST and row.run is export.run), None)
     if untrained is not None and {LOSS} <= measured.figures.keys() & untrained.figures.keys():
         found.append(Rise("training with rounding", untrained.figures[LOSS], measured.figures[LOSS]))

@@ -9,6 +9,7 @@ from pipeline.compare.rows import Row
 from pipeline.compare.runs import EvaluatedRun
 from pipeline.compare.table import Column, Table
 from pipeline.runs.exports import Export
+from pipeline.runs.records import ExportRecord
 
 _TITLES = ("export", "layout", "made from", "size on disk", "verified")
 
@@ -38,5 +39,5 @@ def make(runs: list[EvaluatedRun]) -> ExportsTable | None:
 
 
 def _line(name: str, export: Export) -> list[str]:
-    origin = without_directory(export.artifact.details["exported_from"])
+    origin = without_directory(export.artifact.read(ExportRecord).exported_from)
     return [name, export.target, origin, size(export.bytes), export.proof_in_words]

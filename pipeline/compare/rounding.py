@@ -41,15 +41,12 @@ def find_rounding(run: EvaluatedRun, model: StageFacts) -> Rounding | None:
 
 
 def _of_quantize(artifact: Artifact) -> Rounding | None:
-    account = artifact.details.get("account")
-    if account is None:
-        return None
     record = artifact.read(QuantizeRecord)
-    return Rounding(f"{record.method}, {record.scales}", account)
+    return None if record.account is None else Rounding(f"{record.method}, {record.scales}", record.account)
 
 
 def _of_export(artifact: Artifact) -> Rounding | None:
-    account = artifact.details.get("account")
+    account = artifact.read(ExportRecord).account
     return None if account is None else Rounding(f"nearest, {artifact.scale_rule}", account)
 
 

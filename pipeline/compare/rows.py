@@ -32,7 +32,7 @@ from pipeline.numerics.formats import FORMATS, MXFP4
 from pipeline.runs.artifacts import Kind, advise_rebuild
 from pipeline.runs.exports import is_export
 from pipeline.runs.json_files import Json
-from pipeline.runs.records import ExportRecord
+from pipeline.runs.records import EvaluateRecord, ExportRecord, QuantizeRecord, TrainingRecord, UpcastRecord
 
 ANSWERS_FILE = "generations.jsonl"
 _ROLES = {UPCAST: "original", SFT: "SFT", PTQ: "SFT + PTQ", QAT: "SFT + QAT"}
@@ -124,7 +124,7 @@ def collect(runs: list[EvaluatedRun]) -> list[Row]:
 
 
 def _collect_run(run: EvaluatedRun, *, is_alone: bool) -> list[Row]:
-    results: Mapping[str, Figures] = run.evaluated.details["results"]
+    results: Mapping[str, Figures] = run.evaluated.read(EvaluateRecord).results
     known = [*ORDER, *(name for name in run.exports if name not in ORDER)]
     names = [*(name for name in known if name in results), *(name for name in results if name not in known)]
     shape = read_shape(run)
@@ -158,7 +158,7 @@ def _make_row(run: EvaluatedRun, model: str, results: Figures, *, shape: Shape |
         seconds=None if stage is None else stage.seconds,
         peak_bytes=None if stage is None else stage.peak_bytes,
         is_gpu_memory=stage is not None and stage.is_gpu_memory,
-        steps=None if trained is None else trained.artifact.details["steps"],
+        steps=None if trained is None else trained.artifact.read(TrainingRecord).steps,
         schedule={} if trained is None else _schedule(trained),
         answers=answers,
         verdicts={name: verdicts for name, judge in VERDICTS.items() if (verdicts := judge(answers))},
@@ -184,8 +184,12 @@ def _read_training(run: EvaluatedRun, model: str, stage: StageFacts | None) -> S
     """Read the training stage that `Row.steps` describes, or return None."""
     if control_of(model) == MORE_SFT:
         stage = run.read_stage(model.replace(PTQ, SFT))
-    trains = stage is not None and model != SFT and "steps" in stage.artifact.details
-    return stage if trains else None
+    return stage if stage is not None and model != SFT and is_training(stage) else None
+
+
+def is_training(stage: StageFacts) -> bool:
+    """Return whether a stage trains, so that its record is a TrainingRecord."""
+    return stage.artifact.stage in (SFT, QAT)
 
 
 def _schedule(stage: StageFacts) -> dict[str, Json]:
@@ -222,14 +226,14 @@ def _add_loss_changes(rows: list[Row]) -> None:
 def _role(model: str, stage: StageFacts | None, lineage: dict[str, str]) -> str:
     if stage is None:
         return model
-    method = stage.artifact.details.get("method")
+    method = stage.artifact.read(QuantizeRecord).method if stage.artifact.stage == PTQ else None
     rounded = f" ({method})" if method else ""
     if (control := control_of(model)) is not None:
         has_ptq = stage.artifact.stage == PTQ
         trained = {MORE_SFT: "SFT + more SFT", BF16_PARTS: "BF16 parts"}.get(control, SFT.upper())
         return f"{trained} + PTQ{rounded}" if has_ptq else trained
     if is_export(model):
-        origin = stage.artifact.details["exported_from"]
+        origin = stage.artifact.read(ExportRecord).exported_from
         known = f"control {control_of(origin)}" if is_control(origin) else without_directory(origin)
         form = "" if model == EXPORT else f" as {model.partition('/')[2]}"
         return f"{_role(origin, stage, lineage) if origin in _ROLES else known}, exported{form}"
@@ -246,7 +250,7 @@ def _trace_lineage(run: EvaluatedRun, model: str) -> dict[str, str]:
         return {**_trace_lineage(run, SFT), **foreign, model: stage.artifact.fingerprint}
     parents = stage.artifact.parents
     if is_export(model):
-        parents = {stage.artifact.details["exported_from"]: parents["model"]}
+        parents = {stage.artifact.read(ExportRecord).exported_from: parents["model"]}
     found = {model: stage.artifact.fingerprint}
     for name, fingerprint in parents.items():
         if name in ORDER or is_control(name):
@@ -285,7 +289,7 @@ def sizes(stage: StageFacts | None, shape: Shape | None) -> dict[str, float]:
         return {"served_bytes": float(stage.artifact.read(ExportRecord).tensor_bytes)}
     if stage is None or shape is None:
         return {}
-    was_packed = stage.artifact.stage == UPCAST and stage.artifact.details.get("decoded_tensors", 0) > 0
+    was_packed = stage.artifact.stage == UPCAST and stage.artifact.read(UpcastRecord).decoded_tensors > 0
     name = MXFP4.name if was_packed else _block_format(stage)
     bits = FORMATS[name].bits_per_value if name in FORMATS else _BF16_BITS
     experts = sum(projection.values for projection in expert_projections(shape))

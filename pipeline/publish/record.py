@@ -57,7 +57,7 @@ def lineage(export: Artifact) -> list[Artifact]:
 
 def _parents(made: Artifact) -> dict[Path, str]:
     """Return where the parents of a stage may be, with their fingerprints. An SFT that it continues comes first."""
-    run, start = made.run_directory, made.details.get(START)
+    run, start = made.run_directory, made.read(TrainingRecord).start if Stage[made.stage] in _TITLES else None
     continued = {run / start: made.parents[START]} if start is not None else {}
     return continued | {run / name: fingerprint for name, fingerprint in made.parents.items() if name != START}
 

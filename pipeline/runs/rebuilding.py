@@ -10,6 +10,7 @@ from pipeline.errors import UserError
 from pipeline.runs import launches, parts
 from pipeline.runs.artifacts import ARTIFACT_FILE, CHECKPOINTS_DIR, MODEL_STAGES, UNFINISHED_FILE, load
 from pipeline.runs.json_files import read_record
+from pipeline.runs.records import ExportRecord
 from pipeline.runs.run import START, Run
 
 _MINUTE, _HOUR = 60.0, 3600.0
@@ -124,7 +125,7 @@ def _exported_from(directory: Path) -> str:
     """Return the name of the exported stage. An unfinished export does not record it, and may be of any."""
     if not (directory / ARTIFACT_FILE).is_file():
         return MODEL_STAGES[-1].name
-    return str(load(directory, check_files=False).details.get("exported_from"))
+    return load(directory, check_files=False).read(ExportRecord).exported_from
 
 
 def _described(here: Run, stages: Sequence[Stage]) -> str:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from evaluated import record
+from evaluated import record, record_export
 
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
@@ -19,7 +19,7 @@ def run_dir(tmp_path: Path) -> Path:
     """A run in which all models are complete. The training took hours."""
     for name, parents in PARENTS.items():
         record(tmp_path / name, parents=parents, seconds=15_000.0 if name == "sft" else 300.0)
-    record(tmp_path / "export", details={"exported_from": "qat"}, seconds=0.2)
+    record_export(tmp_path, details={"exported_from": "qat"}, seconds=0.2)
     record(tmp_path / "evaluate", kind="report")
     return tmp_path
 
@@ -61,7 +61,7 @@ def test_reports_bring_themselves_up_to_date_and_are_not_asked_for(run_dir: Path
 
 
 def test_an_export_of_an_earlier_model_is_not_asked_for(run_dir: Path) -> None:
-    record(run_dir / "export", details={"exported_from": "quantize"})
+    record_export(run_dir, details={"exported_from": "quantize"})
     accept(run_dir, "qat")
     assert "quantize,qat,export" in error_of(run_dir, "quantize")
 
