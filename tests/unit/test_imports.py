@@ -141,7 +141,7 @@ def test_a_big_library_has_one_importer(library: str, importer: str | tuple[str,
     "name", ["__main__", "errors", *(name for name in modules() if unit(name) in ("config", "runs"))]
 )
 def test_what_runs_before_a_stage_imports_no_slow_library_at_its_top(name: str) -> None:
-    top = ast.parse(modules()[name].read_text(encoding="utf-8")).body
+    top = parse(modules()[name]).body
     found = {alias.name.partition(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names}
     found |= {str(node.module).partition(".")[0] for node in top if isinstance(node, ast.ImportFrom)}
     assert found - set(sys.stdlib_module_names) <= {"hydra", "omegaconf", "pipeline", "xxhash"}
@@ -151,7 +151,7 @@ def test_what_runs_before_a_stage_imports_no_slow_library_at_its_top(name: str) 
 def imported_at_the_top(name: str) -> frozenset[str]:
     """List every module that is imported with a file. Imports inside functions and for type checkers do not count."""
     found: set[str] = set()
-    for node in ast.parse(modules()[name].read_text(encoding="utf-8")).body:
+    for node in parse(modules()[name]).body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -180,7 +180,7 @@ def test_a_stage_loads_no_library_of_models_before_it_has_work(name: str) -> Non
 
 def test_every_package_says_what_it_is_for_and_what_it_must_not_know() -> None:
     for name in {unit(name) for name in modules() if name} - {"__main__", "errors"}:
-        opening = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text(encoding="utf-8"))) or ""
+        opening = ast.get_docstring(parse(PACKAGE / name / "__init__.py")) or ""
         assert opening.count(".") >= 2, f"pipeline/{name}/__init__.py: two sentences"
 
 
