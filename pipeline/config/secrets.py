@@ -22,7 +22,7 @@ _TOKEN = re.compile(
 _PASSWORD = re.compile(r"(?:(?<=http://)|(?<=https://))[^/@\s]+(?=@)|(?<=://)[^/@:\s]*:[^/@\s]+(?=@)")
 _LOGIN = re.compile(r"((?<!abfs)(?<!abfss)(?<!wasb)(?<!wasbs)://)[^/@\s]+(?=@)")  # in these, @ follows a container
 _PARAMETER = re.compile(r"([?&](?:[\w-]*(?:key|token|secret|password|signature|sig))=)[^&\s]+", re.I)
-_ORDINARY = r"(?!(?:eos|bos|pad|unk|sep|cls|mask)[-_]?token)"  # tokens of a tokenizer
+_ORDINARY = r"(?!(?:eos|bos|pad|unk|sep|cls|mask)[-_]?token|[\w-]*?per[-_]token)"  # of a tokenizer; or a count
 _NAME = rf"{_ORDINARY}[\w-]*?(?:api[-_]?key|token|secret|password)"
 _VALUE = r"""(?!['"]?\$\{)(?:'[^']*'|"[^"]*"|[^\s,'"\]&]+)"""  # not ${oc.env:NAME}
 _ARGUMENT = re.compile(rf"""(?<![\w-])(--{_NAME}['"]?(?:=|\s*,\s*|\s+(?!-)))({_VALUE})""", re.I)

@@ -57,6 +57,7 @@ def test_secrets_are_replaced(value: object, expected: object) -> None:
         ["--max-num-seqs", "64"],
         {"max_new_tokens": 8},
         {"eos_token": "<|return|>", "token": 5},
+        "config.json: experts_per_token=4, but num_experts_per_tok=8",
         "abfs://data@account.dfs.core.windows.net/x.jsonl",
         "/d/eos_token=1/a.jsonl",
         "data.reply_columns=[new_password,answer]",
