@@ -170,7 +170,7 @@ def _make_row(run: EvaluatedRun, model: str, results: Figures, *, shape: Shape |
 def has_foreign_sft(run: EvaluatedRun) -> bool:
     """Return whether adapters of another program are the SFT of a run."""
     quantized = run.read_stage(PTQ)
-    return quantized is not None and "adapters" in quantized.artifact.details
+    return quantized is not None and quantized.artifact.read(QuantizeRecord).adapters is not None
 
 
 def read_model(run: EvaluatedRun, model: str) -> StageFacts | None:

@@ -14,7 +14,7 @@ from pipeline.models.source import Source
 from pipeline.runs import artifacts, exports
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact
 from pipeline.runs.exports import Export
-from pipeline.runs.records import DoctorRecord, ExportRecord, TrainingRecord
+from pipeline.runs.records import DoctorRecord, ExportRecord, QuantizeRecord, TrainingRecord
 from pipeline.runs.run import START, Run
 
 _COMPARISON = "compare.md"
@@ -69,7 +69,8 @@ def trainings(stages: list[Artifact]) -> list[Artifact]:
 
 def foreign_training(stages: list[Artifact]) -> list[dict[str, object]]:
     """Describe the training of adapters of another program that the run quantized, as `training`, or nothing."""
-    is_foreign = any(each.stage == Stage.quantize.name and "adapters" in each.details for each in stages)
+    quantized = (each.read(QuantizeRecord) for each in stages if each.stage == Stage.quantize.name)
+    is_foreign = any(record.adapters is not None for record in quantized)
     result = "adapters that another program trained, on data that is not on record here"
     return [{"title": _TITLES[Stage.sft], "result": result, "settings": {}}] if is_foreign else []
 
