@@ -5,6 +5,7 @@ on them. `scripts/fuzz` runs the targets with atheris, and tests/integration/tes
 """
 
 import json
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.checkpoints.reading import TensorFiles
 from pipeline.checkpoints.recognition import raise_if_other_layout
-from pipeline.config import DataConfig, TinyConfig, command_line
+from pipeline.config import DataConfig, Sharding, TinyConfig, command_line
 from pipeline.config.composition import FOLDERS
 from pipeline.data import harmony_text
 from pipeline.data.columns import Columns
@@ -23,8 +24,10 @@ from pipeline.data.parsing import parse_conversation
 from pipeline.errors import UserError
 from pipeline.evaluate.transcripts import parse
 from pipeline.models import tiny_model
-from pipeline.runs.artifacts import load
+from pipeline.runs.artifacts import SAMPLES_FILE, load
 from pipeline.runs.foreign_files import read_json
+from pipeline.runs.metrics import METRICS_FILE
+from pipeline.training.resume import find_last_complete, mark_complete, restore_records
 
 Target = Callable[[bytes], None]
 
@@ -152,7 +155,7 @@ def targets(directory: Path) -> dict[str, Target]:
     made = {
         *(fuzz_rows, fuzz_conversations, fuzz_overrides, fuzz_completions),
         *(files.fuzz_row_files, files.fuzz_config, files.fuzz_header, files.fuzz_index),
-        *(files.fuzz_adapter_config, files.fuzz_artifact, files.fuzz_parquet),
+        *(files.fuzz_adapter_config, files.fuzz_artifact, files.fuzz_parquet, files.fuzz_resume),
     }
     return {target.__name__.removeprefix("fuzz_"): target for target in sorted(made, key=lambda each: each.__name__)}
 
@@ -289,6 +292,23 @@ class _Files:
         for _, row in read_file(path, "train"):
             assert isinstance(row, dict)
 
+    def fuzz_resume(self, data: bytes) -> None:
+        """The files that interrupted training resumes from. One of them is damaged, so its copy or digest finds it."""
+        choices, stage = Choices(data), self._directory / "stage"
+        shutil.rmtree(stage, ignore_errors=True)
+        checkpoint = stage / "checkpoints" / "checkpoint-1"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text(json.dumps(_STATE))
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            (stage / name).write_text(_LINES)
+        mark_complete(checkpoint, Sharding.none)
+        path = choices.one_of((stage / METRICS_FILE, stage / SAMPLES_FILE, *sorted(checkpoint.iterdir())))
+        path.write_bytes(choices.one_of((_text([_STATE], choices), choices.rest(), path.read_bytes() + b"[\n")))
+        found = find_last_complete(checkpoint.parent, "sft", Sharding.none)
+        restore_records(stage, "sft", found)
+        assert (stage / METRICS_FILE).exists() == (found is not None)
+        assert found is None or (stage / METRICS_FILE).read_text() == (stage / SAMPLES_FILE).read_text() == _LINES
+
     def _parquet(self) -> bytes:
         path = self._directory / "whole.parquet"
         if not path.exists():
@@ -305,6 +325,8 @@ class _Files:
         return directory / name
 
 
+_STATE = {"best_global_step": 1, "log_history": [{"step": 0, "eval_loss": 2.0}, {"step": 1, "eval_loss": 1.0}]}
+_LINES = "".join(json.dumps(line) + "\n" for line in ({"step": 0, "eval_loss": 2.0}, {"step": 1, "eval_loss": 1.0}))
 ARTIFACT = {
     "stage": "sft",
     "kind": "checkpoint",

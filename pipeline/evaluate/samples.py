@@ -3,7 +3,6 @@
 The answers are written to <stage>/samples.jsonl and to a table of the tracking service. They do not affect training.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from pipeline.evaluate.generation.prompts import Question
 from pipeline.evaluate.transcripts import Transcript
 from pipeline.runs.artifacts import SAMPLES_FILE
 from pipeline.runs.console import say
+from pipeline.runs.metrics import read_lines
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_table
@@ -97,9 +97,7 @@ class Samples(TrainerCallback):
 
     def _before(self, step: int) -> list[list[object]]:
         """Read the samples with a step below `step`. The others are dropped, because a resumed run makes them again."""
-        path = self._directory / SAMPLES_FILE
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        rows = read_lines(self._directory / SAMPLES_FILE)
         return [[row[name] for name in _COLUMNS] for row in rows if row["step"] < step]
 
 

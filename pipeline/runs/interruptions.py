@@ -9,6 +9,7 @@ from pipeline.config import Stage, TrainConfig
 from pipeline.runs import commands
 from pipeline.runs.artifacts import ARTIFACT_FILE, CHECKPOINTS_DIR, SHARDS_FILE, WHOLE_FILE
 from pipeline.runs.run import Run
+from pipeline.runs.training_checkpoints import list_checkpoints, read_step
 
 _work: tuple[Run, Stage] | None = None
 
@@ -54,11 +55,9 @@ def _kept(directory: Path, train: TrainConfig | None) -> str:
 
 
 def _checkpoint(directory: Path, save_steps: int) -> str:
-    whole = [path.parent.name for path in (directory / CHECKPOINTS_DIR).glob(f"checkpoint-*/{WHOLE_FILE}")]
+    whole = [path for path in list_checkpoints(directory / CHECKPOINTS_DIR) if (path / WHOLE_FILE).is_file()]
     if whole:
-        return (
-            f"the next run starts from step {max(int(name.rpartition('-')[2]) for name in whole)}, its last checkpoint"
-        )
+        return f"the next run starts from step {read_step(whole[-1])}, its last checkpoint"
     setting = f"{directory.name}.save_steps={save_steps}"
     return f"the next run starts from the beginning, because there is no checkpoint yet ({setting})"
 

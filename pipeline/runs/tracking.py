@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.runs import parts
 from pipeline.runs.artifacts import Artifact, Kind
 from pipeline.runs.console import say, warn
+from pipeline.runs.durable import write_text
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.run import Run
@@ -108,7 +109,7 @@ def log_table(directory: Path, name: str, columns: list[str], rows: Sequence[Seq
     """
     if is_main_process():
         lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n" for row in rows]
-        (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_text(directory / f"{name}.jsonl", "".join(lines))
         if _uploads(Upload.report):
             _send(lambda tracker: tracker.log_table(name, columns, rows))
 

@@ -32,8 +32,9 @@ from pipeline.numerics.codec import CodecError
 from pipeline.runs import stopping
 from pipeline.runs.artifacts import CHECKPOINTS_DIR
 from pipeline.runs.console import say, warn
-from pipeline.runs.metrics import forget_metrics_after, read_metrics
+from pipeline.runs.metrics import read_metrics
 from pipeline.runs.processes import wait_for_everyone
+from pipeline.runs.training_checkpoints import read_step
 from pipeline.training import resume
 from pipeline.training.callbacks import ForgetRounded, TokenCount, make_callbacks
 from pipeline.training.determinism import deterministic_on_cpu
@@ -136,9 +137,9 @@ def train(inputs: Inputs, setup: Setup) -> dict[str, Any]:
 
 
 def _run(trainer: "_Trainer", setup: Setup, checkpoint: Path | None) -> None:
-    forget_metrics_after(setup.directory, -1 if checkpoint is None else resume.read_step(checkpoint))
+    resume.restore_records(setup.directory, setup.stage, checkpoint)
     if checkpoint is not None:
-        say(setup.stage, f"resuming from step {resume.read_step(checkpoint)}")
+        say(setup.stage, f"resuming from step {read_step(checkpoint)}")
     try:
         with deterministic_on_cpu(), stopping.deferred(setup.stage, _end_of_preempted(setup.settings)):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -18,11 +18,11 @@ from pipeline.checkpoints.reading import TensorFiles
 from pipeline.errors import UserError
 from pipeline.runs.artifacts import load
 
-EXAMPLES = {"overrides": 15, "header": 60, "adapter_config": 60}
+EXAMPLES = {"overrides": 15, "header": 60, "adapter_config": 60, "resume": 20}
 """Examples of slow targets. The others have 150."""
 NAMES = (
     *("adapter_config", "artifact", "completions", "config", "conversations", "header", "index", "overrides"),
-    *("parquet", "row_files", "rows"),
+    *("parquet", "resume", "row_files", "rows"),
 )
 
 

@@ -124,6 +124,24 @@ def test_sft_resumed_at_any_step_ends_like_an_uninterrupted_run(
         assert (resumed.fingerprint, resumed.details, resumed_losses) == (whole.fingerprint, whole.details, losses)
 
 
+def test_sft_with_lost_lines_of_metrics_resumes_to_the_same_figures(
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    settings = ("stage=sft", f"run_dir={linked(tmp_path, smoke_run, 'upcast')}", "recipe=smoke", *SHORT)
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.Checkpoints, "on_save", make_interruption(6))
+        assert run_program(*settings) == 130
+    (tmp_path / "sft" / "metrics.jsonl").write_bytes(b"")
+    assert run_program(*settings) == 0
+    shown = capsys.readouterr()
+    assert "resuming from step 6" in shown.out
+    assert "metrics.jsonl: lines up to step 6 are missing or damaged. They are restored from" in shown.err
+    whole, resumed = artifacts.load(smoke_run / "sft"), artifacts.load(tmp_path / "sft")
+    assert (resumed.fingerprint, resumed.details) == (whole.fingerprint, whole.details)
+    steps = [[line["step"] for line in read_metrics(each.directory)] for each in (whole, resumed)]
+    assert steps[0] == steps[1]
+
+
 @pytest.fixture
 def heeded_signals() -> Iterator[None]:
     """Let signals stop the program in this process, as in a process of its own."""

@@ -27,7 +27,7 @@ from pipeline.config import (
     ValidationConfig,
     command_line,
 )
-from pipeline.errors import MachineError, UserError
+from pipeline.errors import CheckFailed, MachineError, UserError
 from pipeline.runs import artifacts, building, console, metrics, provenance, stopping, tracking
 from pipeline.runs.artifacts import Artifact, Kind, Result, digest_of, fingerprint_of, load
 from pipeline.runs.building import build
@@ -809,6 +809,15 @@ def test_a_torn_last_line_does_not_keep_a_run_from_resuming(tmp_path: Path) -> N
     metrics.forget_metrics_after(tmp_path, 1)
     tracking.log_metrics(tmp_path, {"step": 2})
     assert [line["step"] for line in metrics.read_metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("line", [b"\xff", b"{", b"[]", b"", b"[" * 100_000])
+def test_a_damaged_line_of_metrics_is_named(tmp_path: Path, line: bytes) -> None:
+    tracking.log_metrics(tmp_path, {"step": 1})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(CheckFailed, match=r"metrics\.jsonl: line 2 is damaged: it is not a JSON object\. Restore"):
+        metrics.read_metrics(tmp_path)
 
 
 def test_only_the_main_process_speaks_and_writes(
