@@ -1,26 +1,42 @@
 """Renders conversations with the tokenizer's chat template, as llama.cpp, MLX and transformers do.
 
 The template writes each prompt anew, so a conversation of n turns takes time in proportion to n². A template is a
-program that others wrote, so its time and its memory are limited.
+program that others wrote, so it is compiled and rendered in a process of its own, with limits of time and memory.
 """
 
-import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.checkpoints.gpt_oss import STOP_TOKENS
 from pipeline.data.conversations import Conversation, ConversationError, Message, is_trained
 from pipeline.data.scripts import Script, Turn
 from pipeline.errors import UserError
-from pipeline.runs.limits import TimeLimitError, call_limited
+from pipeline.runs.limits import CodeError, LimitedFunction, TimeLimitError
 
 if TYPE_CHECKING:
     from pipeline.data.tokenizers import Tokenizer
 
 MOST_SECONDS = 10.0
-"""Limit of the time for the prompts and completions of one conversation."""
+"""Limit of the CPU time for the prompts and completions of one conversation."""
 MOST_MEMORY = 1 << 31
-"""Limit of the memory that the template may allocate for one text, in bytes."""
+"""Limit of the memory that the template may allocate for the texts of one conversation, in bytes."""
 _PLACEHOLDER: list[Message] = [{"role": "user", "content": ""}]
+
+
+class _Part(NamedTuple):
+    """Messages to render as one text. `for_generation` adds the beginning of the next assistant turn."""
+
+    messages: list[Message]
+    for_generation: bool
+
+
+class _Request(NamedTuple):
+    """Texts to render, the template's further arguments, and today's date for the template."""
+
+    parts: Sequence[_Part]
+    options: Mapping[str, object]
+    date: str
 
 
 class Template:
@@ -43,12 +59,18 @@ class Template:
         """
         messages = conversation.messages
         trained = [i for i, message in enumerate(messages) if is_trained(message)]
+        used = trained if every_turn else trained[-1:]
+        # Render each completion without its history. Before a final answer, the template drops the reasoning of earlier
+        # tool calls from the history. The prompt still has this reasoning, so the two texts would not match.
+        parts = [_Part(_PLACEHOLDER, True)]
+        for i in used:
+            parts += [_Part([*_PLACEHOLDER, messages[i]], False), _Part(messages[:i], True)]
+        opening, *texts = self._render(conversation, parts)
         script = Script([], [], [])
-        for i in trained if every_turn else trained[-1:]:
-            script.turns.append(
-                Turn(0, len(script.recent), len(script.recent) + 1, "", self._completion(conversation, i))
-            )
-            script.recent.append(self.write_prompt(conversation, messages[:i]))
+        for alone, prompt in zip(texts[::2], texts[1::2], strict=True):
+            completion = _completion(alone, opening)
+            script.turns.append(Turn(0, len(script.recent), len(script.recent) + 1, "", completion))
+            script.recent.append(prompt)
         return script
 
     def write_prompt(self, conversation: Conversation, messages: list[Message]) -> str:
@@ -57,50 +79,72 @@ class Template:
         Raises:
             ConversationError: the template refuses the messages, or cannot write them.
         """
-        return self._render(conversation, messages, for_generation=True)
+        (text,) = self._render(conversation, [_Part(messages, True)])
+        return text
 
-    def _completion(self, conversation: Conversation, index: int) -> str:
-        # Render the completion without its history. Before a final answer, the template drops the reasoning of earlier
-        # tool calls from the history. The prompt still has this reasoning, so the two texts would not match.
-        message = conversation.messages[index]
-        alone = self._render(conversation, [*_PLACEHOLDER, message], for_generation=False)
-        opening = self._render(conversation, _PLACEHOLDER, for_generation=True)
-        if not alone.startswith(opening) or not alone.endswith(STOP_TOKENS):
-            raise ConversationError(
-                "the tokenizer's chat template is not a Harmony template: an assistant turn must begin with the"
-                f" generation prompt and end with {' or '.join(STOP_TOKENS)}"
-            )
-        return alone[len(opening) :]
-
-    def _render(self, conversation: Conversation, messages: list[Message], *, for_generation: bool) -> str:
-        _raise_if_not_writable(messages)
-        begin = time.monotonic()
+    def _render(self, conversation: Conversation, parts: Sequence[_Part]) -> list[str]:
+        for part in parts:
+            _raise_if_not_writable(part.messages)
+        options = {
+            "tools": conversation.tools,
+            "tokenize": False,
+            "reasoning_effort": conversation.reasoning_effort or self._effort,
+            **self._identity,
+        }
         try:
-            text = call_limited(
-                lambda: self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=conversation.tools,
-                    tokenize=False,
-                    add_generation_prompt=for_generation,
-                    reasoning_effort=conversation.reasoning_effort or self._effort,
-                    # The template calls `strftime_now` to get today's date. The argument replaces that function.
-                    strftime_now=lambda _: self._date,
-                    **self._identity,
-                ),
-                self._seconds,
-                MOST_MEMORY,
-            )
-            text.encode()
-            self._seconds -= time.monotonic() - begin
-            if self._seconds <= 0:
-                raise TimeLimitError
+            texts, used = _renderer.of(self._tokenizer)(_Request(parts, options, self._date), self._seconds)
+            "".join(texts).encode()
+            self._seconds -= used
         except TimeLimitError as error:
             raise _too_expensive(conversation, f"takes longer than {MOST_SECONDS:g} seconds") from error
         except MemoryError as error:
             raise _too_expensive(conversation, f"needs more than {MOST_MEMORY >> 30} GiB of memory") from error
-        except Exception as error:  # the template is a program that others wrote, so it can raise any error
-            raise ConversationError(f"the chat template refuses it: {_first_line(error)}") from error
-        return text
+        except (CodeError, UnicodeEncodeError) as error:
+            raise ConversationError(f"the chat template refuses it: {error}") from error
+        return texts
+
+
+def _completion(alone: str, opening: str) -> str:
+    if not alone.startswith(opening) or not alone.endswith(STOP_TOKENS):
+        raise ConversationError(
+            "the tokenizer's chat template is not a Harmony template: an assistant turn must begin with the"
+            f" generation prompt and end with {' or '.join(STOP_TOKENS)}"
+        )
+    return alone[len(opening) :]
+
+
+class _Renderer:
+    """The process that renders the template of one tokenizer. Another tokenizer, or another template, replaces it."""
+
+    def __init__(self) -> None:
+        self._tokenizer: Tokenizer | None = None
+        self._template: str | None = None
+        self._function: LimitedFunction[_Request] | None = None
+
+    def of(self, tokenizer: "Tokenizer") -> LimitedFunction[_Request]:
+        """Return the function that renders with this tokenizer's template."""
+        if self._function is None or self._tokenizer is not tokenizer or self._template != tokenizer.chat_template:
+            if self._function is not None:
+                self._function.close()
+            self._tokenizer, self._template = tokenizer, tokenizer.chat_template
+            self._function = LimitedFunction(partial(_render_parts, tokenizer), MOST_MEMORY)
+        return self._function
+
+
+def _render_parts(tokenizer: "Tokenizer", request: _Request) -> list[str]:
+    # The template calls `strftime_now` to get today's date. The argument replaces that function.
+    return [
+        tokenizer.apply_chat_template(
+            part.messages,
+            add_generation_prompt=part.for_generation,
+            strftime_now=lambda _: request.date,
+            **request.options,
+        )
+        for part in request.parts
+    ]
+
+
+_renderer = _Renderer()
 
 
 def _too_expensive(conversation: Conversation, what: str) -> UserError:
@@ -109,10 +153,6 @@ def _too_expensive(conversation: Conversation, what: str) -> UserError:
         f"{conversation.where}: the chat template {what} for these {len(conversation.messages)} messages."
         " Use data.rendering=harmony, another chat template, or shorter conversations."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{(str(error).strip() or type(error).__name__).splitlines()[0]:.300}"
 
 
 def _raise_if_not_writable(messages: list[Message]) -> None:

@@ -1,74 +1,175 @@
-"""Runs code that others wrote, such as a chat template, with a limit of time and of memory."""
+"""Runs code that others wrote, such as a chat template, with a limit of time and of memory.
 
+The code runs in a fork of this process. Only a process can be stopped in the middle of an operation in C, such as
+10**(10**9). The system stops the fork when it has used its CPU time, so a busy or suspended machine does not matter.
+"""
+
+import gc
+import json
+import os
 import resource
 import signal
+import struct
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import Pipe, connection
 from pathlib import Path
-from types import FrameType
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
-Result = TypeVar("Result")
+Request = TypeVar("Request")
 _PAGE = resource.getpagesize()
 _SIZE = Path("/proc/self/statm")
+_HEADER = struct.Struct("<cd")  # kind of the answer, CPU seconds
+_TEXTS, _NO_MEMORY, _ERROR = b"t", b"m", b"e"
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_SECONDS_BETWEEN_LOOKS = 60.0  # after which a fork without work looks whether its parent still lives
 
 
 class TimeLimitError(Exception):
     """The code took too long."""
 
 
-def call_limited(work: Callable[[], Result], seconds: float, memory: int) -> Result:
-    """Call a function, and interrupt it after a time. Allocations beyond a limit fail.
+class CodeError(Exception):
+    """The code raised an error, or ended its process. The message is the error's first line."""
 
-    The time is limited only in the main thread, because only this thread can be interrupted. The memory is limited only
-    where /proc exists. Other threads of the process share the limit of memory.
 
-    Args:
-        work: function in Python. An operation in C is interrupted when it ends.
-        seconds: limit of the time.
-        memory: bytes that the process may allocate in addition to those that it has.
+class Answer(NamedTuple):
+    """The texts that the code returned, and how many seconds of CPU time it took."""
 
-    Raises:
-        TimeLimitError: the time is over.
-        MemoryError: more memory was needed.
+    texts: list[str]
+    seconds: float
+
+
+class LimitedFunction(Generic[Request]):
+    """A function of others' code, which runs in a fork of this process. All its calls share one fork.
+
+    The fork ends with this process, or with `close`. It has the values that existed at the first call.
     """
-    with _limited_memory(memory), _limited_time(seconds):
-        return work()
 
+    def __init__(self, function: Callable[[Request], list[str]], memory: int) -> None:
+        """Keep the arguments. The first call makes the fork.
 
-@contextmanager
-def _limited_time(seconds: float) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, _interrupt)
-    timer = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
-    try:
-        yield
-    finally:
+        Args:
+            function: function of a picklable request.
+            memory: bytes that the fork may allocate in addition to those that this process has. The memory is limited
+                only where /proc exists.
+        """
+        self._function = function
+        self._memory = memory
+        self._lock = threading.Lock()
+        self._fork: tuple[int, connection.Connection] | None = None
+        self._owner = 0
+
+    def __call__(self, request: Request, seconds: float) -> Answer:
+        """Call the function.
+
+        Raises:
+            TimeLimitError: it used more than `seconds` of CPU time.
+            MemoryError: it needs more memory.
+            CodeError: it raised another error, or a signal ended its process.
+        """
+        if seconds <= 0:
+            raise TimeLimitError
+        with self._lock:
+            try:
+                answer = self._ask(request, seconds)
+            except BaseException:
+                self.close()  # the answer may still come, and must not be taken for the next one's
+                raise
+        kind, used = _HEADER.unpack_from(answer)
+        if kind == _NO_MEMORY:
+            raise MemoryError
+        texts = json.loads(answer[_HEADER.size :])
+        if kind == _ERROR:
+            raise CodeError(texts[0])
+        return Answer(texts, used)
+
+    def close(self) -> None:
+        """End the fork. A later call makes another."""
+        if self._fork is None:
+            return
+        (number, pipe), self._fork = self._fork, None
+        pipe.close()
+        if self._owner == os.getpid():
+            os.kill(number, signal.SIGKILL)
+            os.waitpid(number, 0)
+
+    def __del__(self) -> None:
+        with suppress(OSError):  # the fork has ended
+            self.close()
+
+    def _ask(self, request: Request, seconds: float) -> bytes:
+        if self._fork is None or self._owner != os.getpid():  # a fork of this process must not share its pipe
+            self._fork, self._owner = self._start(), os.getpid()
+        number, pipe = self._fork
         try:
-            signal.setitimer(signal.ITIMER_REAL, *timer)
-        finally:
-            signal.signal(signal.SIGALRM, before)
+            pipe.send((request, seconds))
+            return pipe.recv_bytes()
+        except (EOFError, ConnectionError):
+            self._fork = None
+            pipe.close()
+            _, status = os.waitpid(number, 0)
+        ended_by = os.waitstatus_to_exitcode(status)
+        if ended_by == -signal.SIGPROF:
+            raise TimeLimitError
+        raise CodeError(f"its process ended with {signal.Signals(-ended_by).name if ended_by < 0 else ended_by}")
+
+    def _start(self) -> tuple[int, connection.Connection]:
+        ours, theirs = Pipe()
+        parent = os.getpid()
+        number = os.fork()
+        if number == 0:
+            try:
+                ours.close()
+                _serve(self._function, theirs, self._memory, parent)
+            finally:
+                os._exit(1)
+        theirs.close()
+        return number, ours
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise TimeLimitError
+def _serve(function: Callable[[Request], list[str]], pipe: connection.Connection, memory: int, parent: int) -> None:
+    """Answer requests until the parent ends, or the system ends this process with SIGPROF."""
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    gc.freeze()  # garbage collections skip the parent's objects, so their memory stays shared
+    _limit_memory(memory)
+    while True:
+        while not pipe.poll(_SECONDS_BETWEEN_LOOKS):
+            if os.getppid() != parent:
+                return
+        try:
+            request, seconds = pipe.recv()
+        except EOFError:
+            return
+        pipe.send_bytes(_answer(function, request, seconds))
 
 
-@contextmanager
-def _limited_memory(memory: int) -> Iterator[None]:
+def _answer(function: Callable[[Request], list[str]], request: Request, seconds: float) -> bytes:
+    kind, begin = _TEXTS, time.process_time()
+    signal.setitimer(signal.ITIMER_PROF, max(seconds, 1e-3))
+    try:
+        content = json.dumps(function(request)).encode()
+    except MemoryError:
+        kind, content = _NO_MEMORY, b""
+    except Exception as error:  # noqa: BLE001 - the code is a program that others wrote, so it can raise any error
+        kind, content = _ERROR, json.dumps([_first_line(error)]).encode()
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    return _HEADER.pack(kind, time.process_time() - begin) + content
+
+
+def _first_line(error: Exception) -> str:
+    return f"{(str(error).strip() or type(error).__name__).splitlines()[0]:.300}"
+
+
+def _limit_memory(memory: int) -> None:
     if not _SIZE.is_file():
-        yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = int(_SIZE.read_text(encoding="ascii").split()[0]) * _PAGE + memory
-    if any(other != resource.RLIM_INFINITY and other < limit for other in (soft, hard)):
-        yield
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    if all(other == resource.RLIM_INFINITY or other >= limit for other in (soft, hard)):
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
