@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.models.plain_files import read_plain
 
 CALIBRATION_FILE = "calibration.pt"
 
@@ -34,10 +34,10 @@ def load_calibration(directory: Path) -> Calibration:
     path = directory / CALIBRATION_FILE
     if not path.is_file():
         return Calibration({}, {})
-    # `weights_only` is given, because TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD changes its default. A damaged file raises any
-    # kind of error.
-    try:
-        return Calibration(**torch.load(path, weights_only=True))
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a readable calibration of this program ({reason:.200}). Remove it.") from error
+    # `weights_only` is given, because TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD changes its default.
+    return read_plain(
+        path,
+        lambda: Calibration(**torch.load(path, weights_only=True)),
+        "a readable calibration of this program",
+        "Remove it.",
+    )

@@ -23,7 +23,7 @@ from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 from torch import Tensor, nn
 
 from pipeline.checkpoints.gpt_oss import EXPERT_PATTERN, EXPERT_WEIGHTS, expert_parameter
-from pipeline.errors import CheckFailed, UserError, list_first
+from pipeline.errors import CheckFailed, list_first
 from pipeline.models import quantizer_backend
 from pipeline.models.adapted_names import is_wrapped, parameter_name
 from pipeline.models.adapters import base_of
@@ -31,6 +31,7 @@ from pipeline.models.autocast import compute_dtype
 from pipeline.models.calibration import CALIBRATION_FILE, load_calibration
 from pipeline.models.packed_experts import PackedExperts
 from pipeline.models.packed_quantizers import QuantizedPackedExperts
+from pipeline.models.plain_files import read_plain
 from pipeline.models.quantizer_backend import INPUTS, WEIGHTS, format_of, state_of
 from pipeline.models.rounded_weights import RoundedWeights
 from pipeline.models.sharding import own_part
@@ -257,16 +258,13 @@ def _load_state(path: Path) -> Any:
     Raises:
         UserError: the file is damaged, or is a pickle that could run code.
     """
-    # `weights_only` is given, because TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD changes its default. A damaged file raises any
-    # kind of error.
-    try:
-        return mto.load_modelopt_state(str(path), weights_only=True)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{path}: not a readable state of ModelOpt ({reason:.200}). Run the stage that made it again with"
-            " overwrite=true."
-        ) from error
+    # `weights_only` is given, because TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD changes its default.
+    return read_plain(
+        path,
+        lambda: mto.load_modelopt_state(str(path), weights_only=True),
+        "a readable state of ModelOpt",
+        "Run the stage that made it again with overwrite=true.",
+    )
 
 
 def count(model: nn.Module, block_format: BlockFormat) -> int:
