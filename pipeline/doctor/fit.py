@@ -11,7 +11,7 @@ from pipeline.doctor.needs import ControlFigures, NeedFigures
 from pipeline.errors import UserError
 from pipeline.runs import controls
 from pipeline.runs.console import warn
-from pipeline.runs.disk import gigabytes
+from pipeline.runs.disk import distinct_gigabytes, gigabytes
 from pipeline.runs.host_memory import PROGRAM_BYTES
 from pipeline.runs.run import Run
 
@@ -39,7 +39,7 @@ class Shortage:
     def describe(self) -> str:
         """Return a sentence, such as `sft needs 42.3 GB on each GPU, but only 24.0 GB are free.`"""
         about = "about " if self.is_estimated else ""
-        needed, free = gigabytes(self.needed), gigabytes(self.free)
+        needed, free = distinct_gigabytes(self.needed, self.free)
         return f"{self.what} needs {about}{needed} {self.kind}, but only {free} are free."
 
 
@@ -57,7 +57,12 @@ def raise_if_too_small(facts: Facts) -> None:
     Raises:
         UserError: something does not fit.
     """
-    report(shortages(facts), facts.run, "The warning of doctor says what to set.")
+    report(
+        shortages(facts),
+        facts.run,
+        "If doctor gave no warning of it, less is free than before. Free some, or run stage=doctor: it measures again,"
+        " and says what to set.",
+    )
 
 
 def report(found: list[Shortage], run: Run, advice: str) -> None:

@@ -14,6 +14,7 @@ from pipeline.config import Sharding
 from pipeline.models.sharding import STRATEGIES
 from pipeline.runs import host_memory
 from pipeline.runs.console import say, warn
+from pipeline.runs.disk import distinct_gigabytes
 from pipeline.runs.processes import local_process_count, process_count
 
 if TYPE_CHECKING:
@@ -41,11 +42,12 @@ def place(model: Model, spread: bool = False) -> Model:
         return model.to("cuda")
     if spread and (placed := _spread(model)) is not None:
         return placed
+    wanted, there = distinct_gigabytes(needed, free)
     others = f", and {torch.cuda.device_count()} GPUs are too small together" if spread else ""
     warn(
         "loading",
-        f"the model stays on the CPU, which is much slower. On a GPU it needs {needed / 1e9:.1f} GB (its weights and"
-        f" room for a forward pass), but {free / 1e9:.1f} GB are free{others}. Use a GPU with more free memory.",
+        f"the model stays on the CPU, which is much slower. On a GPU it needs {wanted} (its weights and"
+        f" room for a forward pass), but {there} are free{others}. Use a GPU with more free memory.",
     )
     return model
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import MachineError
+from pipeline.runs.disk import distinct_gigabytes
 
 PROGRAM_BYTES = 1_200_000_000
 """Host memory that a training process takes beside its tensors: Python, torch and the other libraries.
@@ -79,7 +80,8 @@ def raise_if_too_small(stage: str, needed: int, what: str, available: int | None
     """
     free = available_bytes() if available is None else available
     if free < needed:
+        wanted, there = distinct_gigabytes(needed, free)
         raise MachineError(
-            f"stage={stage}: {what} needs {needed / 1e9:.1f} GB of host memory, but only {free / 1e9:.1f} GB are free."
+            f"stage={stage}: {what} needs {wanted} of host memory, but only {there} are free."
             " Free some, raise the memory limit of the container or job, or use a machine with more."
         )

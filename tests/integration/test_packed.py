@@ -254,4 +254,4 @@ def test_verify_packs_the_rounded_experts_if_the_trained_model_does_not_fit(
 
     monkeypatch.setattr(host_memory, "available_bytes", lambda: trained // 4)
     assert run_program("stage=verify", *settings, "verify.samples=1") == 1
-    assert "GB of host memory, but only" in capsys.readouterr().err
+    assert "B of host memory, but only" in capsys.readouterr().err

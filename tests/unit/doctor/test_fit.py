@@ -113,8 +113,25 @@ def test_a_run_that_does_not_fit_is_stopped_unless_it_is_not_required(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(tmp_path)
-    with pytest.raises(UserError, match=r"the run does not fit.* set doctor\.required=false"):
+    with pytest.raises(
+        UserError, match=r"the run does not fit.* stage=doctor: it measures.* set doctor\.required=false"
+    ):
         fit.raise_if_too_small(facts_of(config, gpu_free_bytes=99))
     fit.raise_if_too_small(facts_of(replace(config, doctor=DoctorConfig(required=False)), gpu_free_bytes=99))
     assert "It starts anyway" in capsys.readouterr().err
     fit.raise_if_too_small(facts_of(config))
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "shown"),
+    [
+        (1_240_000_000, 1_235_000_000, ("1.240 GB", "1.235 GB")),
+        (42_300_000_000, 24_000_000_000, ("42.3 GB", "24.0 GB")),
+        (1_000_000_001, 1_000_000_000, ("1.000000001 GB", "1.000000000 GB")),
+        (1_000_000_000, 999_999_999, ("1.0 GB", "1000.0 MB")),
+        (50_001, 50_000, ("0.050001 MB", "0.050000 MB")),
+    ],
+)
+def test_the_figures_of_a_shortage_look_different(needed: int, free: int, shown: tuple[str, str]) -> None:
+    text = fit.Shortage("sft", fit.HOST, needed, free).describe()
+    assert text == f"sft needs {shown[0]} of host memory, but only {shown[1]} are free."

@@ -39,7 +39,7 @@ def test_a_model_that_does_not_fit_into_host_memory_is_refused_before_it_is_load
     with pytest.raises(MachineError):
         placement.raise_if_host_too_small("sft", tiny, torch.bfloat16, copies=2)  # packed experts stay as large
     monkeypatch.setattr(host_memory, "available_bytes", lambda: size - 1)
-    with pytest.raises(MachineError, match=f"stage=evaluate: loading {tiny} needs .* GB of host memory"):
+    with pytest.raises(MachineError, match=f"stage=evaluate: loading {tiny} needs .* MB of host memory"):
         placement.raise_if_host_too_small("evaluate", tiny, torch.float32)
     placement.raise_if_host_too_small("sft", tiny, torch.float32, copies=0)
 
@@ -79,7 +79,7 @@ def test_layers_fill_the_gpus_in_order_and_the_first_gpu_has_everything_else(tin
     assert spread(outside - 1, first + second) is None
 
 
-@pytest.mark.parametrize(("spread", "part"), [(False, "GB are free. Use"), (True, "and 2 GPUs are too small together")])
+@pytest.mark.parametrize(("spread", "part"), [(False, "MB are free. Use"), (True, "and 2 GPUs are too small together")])
 def test_a_model_that_fits_no_gpu_stays_on_the_cpu_with_a_warning(
     tiny: Path, capsys: pytest.CaptureFixture[str], spread: bool, part: str
 ) -> None:
