@@ -133,7 +133,7 @@ def _run_jobs(arguments: list[str]) -> int:
         _job(composed)
 
     sys.argv[1:] = arguments = present.begin(
-        command_line.quote_lists(arguments), lambda given: command_line.problems(given, FOLDERS)
+        command_line.normalize(arguments), lambda given: command_line.problems(given, FOLDERS)
     )
     try:
         _warn_of_hiding_file()

@@ -31,7 +31,7 @@ from pipeline.config.evaluate import (
 )
 from pipeline.config.export import DEFAULT_TARGET, CardConfig, ExportConfig, ExportTarget
 from pipeline.config.format import FormatConfig, FormatName, ScaleRule
-from pipeline.config.keys import is_known, schema, setting_keys, unknown_key, value_problem
+from pipeline.config.keys import is_known, schema, setting_keys, unknown_key
 from pipeline.config.model import SYNTHETIC, Dtype, ModelConfig, TinyConfig
 from pipeline.config.pipeline import (
     Device,
@@ -158,6 +158,5 @@ __all__ = [
     "setting_keys",
     "trained_sft",
     "unknown_key",
-    "value_problem",
     "writes_rounded",
 ]

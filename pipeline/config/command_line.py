@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from pipeline.config import config_files
+from pipeline.config import config_files, flags
 from pipeline.config.groups import GROUPS, Folders
-from pipeline.config.keys import is_known, schema, unknown_key, value_problem
-from pipeline.config.overrides import is_override
+from pipeline.config.keys import is_known, is_list, is_mapping, schema, section_at, unknown_key
+from pipeline.config.overrides import group_of, is_override, key_of
 from pipeline.config.pipeline import Stage
+from pipeline.config.values import value_problem
 from pipeline.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -33,11 +34,6 @@ _MODEL_INDEPENDENT = (
     ),
 )
 """Prefixes of settings that do not change a model. Jobs of a sweep that differ only in them share a directory."""
-_FLAGS_WITH_VALUE = (
-    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
-    *("--experimental-rerun", "--info", "-i", "--shell-completion", "-sc"),
-)
-"""Flags that may be followed by a value."""
 _LIST = re.compile(r"overwrite=(?:\[[\w/, ]*\]|[\w/ ]+(?:,[\w/ ]*)+)")
 
 
@@ -54,7 +50,7 @@ def words(arguments: list[str]) -> list[str]:
     return [
         argument
         for flag, argument in zip(before, arguments, strict=False)
-        if argument[:1] not in ("-", "~") and "=" not in argument and flag not in _FLAGS_WITH_VALUE
+        if argument[:1] not in ("-", "~") and "=" not in argument and flag not in flags.WITH_VALUE
     ]
 
 
@@ -65,12 +61,13 @@ def problems(arguments: list[str], folders: Folders) -> list[str]:
     """
     from hydra.errors import OverrideParseException
 
-    found = [_explain(word) for word in words(arguments)]
+    found = [*flags.problems(arguments), *(_explain(word) for word in words(arguments))]
     found += config_files.problems(config_files.config_dirs_of(arguments))
     known = schema()
     has_config_dir = any(argument.startswith(("--config-dir", "-cd")) for argument in arguments)
     for argument in arguments:
-        if not is_override(argument) or argument.lstrip("+~").startswith("hydra"):
+        is_setting = is_override(argument) or argument.startswith("~")
+        if not is_setting or argument.lstrip("+~").startswith("hydra"):
             continue  # This argument is for Hydra itself.
         try:
             (override,) = _parse([argument])
@@ -80,11 +77,32 @@ def problems(arguments: list[str], folders: Folders) -> list[str]:
         except RecursionError:
             found.append(f"{argument:.60}…: has too many brackets inside each other.")
             continue
-        if override.is_choice_sweep() and _takes_text(known, override.key_or_group) and not _is_sweep(arguments):
-            found.append(f"{argument}: lists several values, which only a sweep (-m) takes. {_quoting(argument)}")
+        if override.is_sweep_override() and not _is_sweep(arguments):
+            found.append(
+                f"{argument}: lists several values, which only a sweep (-m) takes. {_instead(argument, known)}"
+            )
             continue
         found += _override_problems(override, known, folders, has_config_dir)
     return found
+
+
+def normalize(arguments: list[str]) -> list[str]:
+    """Return the arguments as Hydra's parser needs them. People may write them in other ways.
+
+    Flags stand behind the settings, `overwrite=sft,qat` is quoted, and `+` stands only where Hydra needs it.
+    """
+    return [_signed(argument) for argument in quote_lists(flags.settings_first(arguments))]
+
+
+def _signed(argument: str) -> str:
+    """Return an override with the signs that Hydra needs. It needs `++` to set a name in a mapping.
+
+    A known setting needs no `+`.
+    """
+    key = key_of(argument)
+    if not is_override(argument) or argument.startswith("~") or not is_known(key):
+        return argument
+    return f"{'++' if is_mapping(key) else ''}{argument.lstrip('+')}"
 
 
 def quote_lists(arguments: list[str]) -> list[str]:
@@ -148,6 +166,18 @@ def _unreadable(argument: str, error: Exception, known: DictConfig) -> str:
     return f"{argument}: has a character with a meaning of its own here. {_quoting(argument)}"
 
 
+def _instead(argument: str, known: DictConfig) -> str:
+    """Say what to write instead of several values."""
+    key, _, values = argument.partition("=")
+    if key == "stage":
+        return "Give one command for each stage, or stage=all for every stage."
+    if is_list(key):
+        return f"Put the list into brackets: {key}=[{values}]"
+    if key not in GROUPS and _takes_text(known, key) and not re.match(r"(?:choice|range|interval|glob)\(", values):
+        return _quoting(argument)
+    return "Give one value, or add -m for one job for each value."
+
+
 def _takes_text(known: DictConfig, name: str) -> bool:
     return is_known(name) and not value_problem(known, name, "text")
 
@@ -177,6 +207,8 @@ def _override_problems(override: "Override", known: DictConfig, folders: Folders
         return [f"{override.input_line}: does not list values for a sweep. Write them out, as in {name}=<one>,<other>."]
     if name in GROUPS or name == "train":
         choices = folders.choices(name)
+        if override.is_delete() and values == [None]:
+            return []
         if name == "train":
             return [f"{name}: does not name a stage. Use train@sft={values[0]} or train@qat={values[0]}."]
         return [
@@ -187,8 +219,20 @@ def _override_problems(override: "Override", known: DictConfig, folders: Folders
     if not is_known(name):
         return [unknown_key(name, override.input_line or name)]
     if override.is_delete():
-        return []
+        return [] if is_mapping(name) else [_undeletable(name)]
+    if section_at(name) is not None and (group := group_of(name)) and not isinstance(values[0], dict):
+        return [
+            f"{name}={value}: {name} is a section with settings of its own. Use {group}={value}."
+            if value in folders.choices(group)
+            else f"{name}={value}: {name} is a section, not a setting. Choose {group}=<choice>"
+            f" ({', '.join(folders.choices(group))}), or give its settings one by one."
+            for value in values
+        ]
     return [problem for value in values if (problem := value_problem(known, name, value))]
+
+
+def _undeletable(name: str) -> str:
+    return f"~{name}: cannot be removed, because every setting has a value. Leave it out, or set it to another value."
 
 
 def _values(override: "Override") -> list[object]:

@@ -1,14 +1,14 @@
-"""List the keys of all settings, and check the types of their values with OmegaConf's schema."""
+"""List the keys of all settings. OmegaConf's schema has their types."""
 
 import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import TYPE_CHECKING, get_origin, get_type_hints
+from types import NoneType
+from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config.pipeline import PipelineConfig
 from pipeline.errors import did_you_mean
@@ -37,11 +37,20 @@ def section_at(key: str) -> type["DataclassInstance"] | None:
 
 def is_known(key: str) -> bool:
     """Return whether the schema has a setting or section with this full key."""
-    # A setting of type dict accepts any names below its own key, such as data.roles.human.
-    types = _types()
-    return key in types or any(
-        get_origin(kind) is dict and key.startswith(f"{mapping}.") for mapping, kind in types.items()
+    return key in _types() or is_mapping(key)
+
+
+def is_mapping(key: str) -> bool:
+    """Return whether a key is a setting of type dict, or a name in it, such as data.roles.human. It takes any names."""
+    return any(
+        get_origin(_without_null(kind)) is dict and (key == mapping or key.startswith(f"{mapping}."))
+        for mapping, kind in _types().items()
     )
+
+
+def is_list(key: str) -> bool:
+    """Return whether a key is a setting that takes a list."""
+    return get_origin(_without_null(_types().get(key))) is list
 
 
 def unknown_key(key: str, where: str) -> str:
@@ -52,15 +61,6 @@ def unknown_key(key: str, where: str) -> str:
 def schema() -> DictConfig:
     """Return a new configuration with the defaults. It refuses unknown keys and values of the wrong type."""
     return copy.deepcopy(_schema())
-
-
-def value_problem(known: DictConfig, key: str, value: object) -> str | None:
-    """Set `key` to `value` in `known`. Return the error message if the value has the wrong type, else None."""
-    try:
-        OmegaConf.update(known, key, value, merge=True)
-    except (OmegaConfBaseException, ValueError) as error:
-        return f"{key}={value!r}: {str(error).splitlines()[0]}"
-    return None
 
 
 @cache
@@ -79,3 +79,9 @@ def _settings(section: type["DataclassInstance"], prefix: str = "") -> Iterator[
         yield prefix + name, kind
         if inspect.isclass(kind) and is_dataclass(kind):
             yield from _settings(kind, f"{prefix}{name}.")
+
+
+def _without_null(kind: object) -> object:
+    """Return X for Optional[X], and any other type unchanged."""
+    others = [each for each in get_args(kind) if each is not NoneType]
+    return others[0] if len(others) == 1 and NoneType in get_args(kind) else kind

@@ -37,6 +37,11 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
+def group_of(section: str) -> str | None:
+    """Return the group whose choices set a section of another name: `train@sft` of `sft`. Return None if none does."""
+    return next((group for group, name in _SECTIONS.items() if name == section), None)
+
+
 def by_key(overrides: Iterable[str]) -> dict[str, str]:
     """Map each key to its override. If a key is given twice, the last one counts, and stands last."""
     found: dict[str, str] = {}

@@ -55,7 +55,7 @@ def run(
     flags = [] if config_dir is None else [f"--config-dir={_config_dir(config_dir)}"]
     arguments = [*flags, *_arguments(stage, recipe, run_dir, overrides)]
     with _one_at_a_time, present.one_call(), allocator.growing_segments(), _unchanged_random_numbers():
-        return run_job(_begin(command_line.quote_lists(arguments)), find_ahead)
+        return run_job(_begin(command_line.normalize(arguments)), find_ahead)
 
 
 def _begin(arguments: list[str]) -> PipelineConfig:

@@ -85,11 +85,6 @@ def test_main_exits_with_the_status(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().err.startswith("error: sft.lr=1: unknown key")
 
 
-def test_an_unknown_flag_leaves_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_program(*ARGUMENTS, "--fast") == 2
-    assert "unrecognized arguments: --fast" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("arguments", "status"), [((), 2), (("--help",), 0), (("--version",), 0)])
 def test_only_the_main_process_prints_the_start_screen_the_help_and_the_versions(
     arguments: tuple[str, ...], status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

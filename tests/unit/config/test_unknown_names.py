@@ -95,4 +95,4 @@ def test_train_without_a_stage_is_refused_with_the_two_ways() -> None:
 
 def test_an_unknown_stage_is_refused_with_all_stages() -> None:
     message = one_line(found_on("stage=sftt"))
-    assert message == f"stage='sftt': Invalid value 'sftt', expected one of [{', '.join(STAGES)}]"
+    assert message == f"stage=sftt: no such choice. Did you mean 'sft'? Choose from: {', '.join(STAGES)}."
