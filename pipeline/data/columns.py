@@ -137,7 +137,7 @@ class Columns:
         there = ", ".join(f"{name} in {count} rows" for name, count in self._splits.items())
         own = [name for name in self._splits if SPLIT_OF[name] == wanted] or [*self._splits]
         rows = f"[{', '.join(own)}]"
-        short, whole = f"'+data.filter.{_SPLIT}={rows}'", f"'{self._key}.filter={{{_SPLIT}: {rows}}}'"
+        short, whole = f"'data.filter.{_SPLIT}={rows}'", f"'{self._key}.filter={{{_SPLIT}: {rows}}}'"
         return [
             f"{self._data.path}: the column {_SPLIT!r} says {there}, but all of them would be used. Choose the rows:"
             f" {short if self._key == 'data' else whole}"

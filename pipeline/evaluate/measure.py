@@ -112,8 +112,8 @@ def check_inputs(
     if evaluate.judge.url is not None and not any("safety" in each.prompt.expected for each in questions):
         raise UserError(
             f"{judge.KEY}.url={evaluate.judge.url}: no prompt is marked as safe or unsafe, so there is nothing to"
-            " judge. Mark all prompts (+evaluate.prompts.expected_of_all.safety=safe), or name the column with the"
-            " marks (+evaluate.prompts.expected.safety=<column>)."
+            " judge. Mark all prompts (evaluate.prompts.expected_of_all.safety=safe), or name the column with the"
+            " marks (evaluate.prompts.expected.safety=<column>)."
         )
     return rows, questions, suites
 

@@ -13,6 +13,7 @@ from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import ServeConfig
 from pipeline.config.engines import ENGINES, SERVERS, Server
 from pipeline.errors import user_errors
+from pipeline.runs import parts
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.paths import absolute
 from pipeline.runs.records import ExportRecord
@@ -109,11 +110,18 @@ def _target_problems(serve: ServeConfig, export: Artifact) -> list[str]:
     target, targets = export.read(ExportRecord).target, ENGINES[serve.engine.name].targets
     if target in targets:
         return []
+    there = [name for name in parts.complete(export.directory.parent) if name in targets]
+    advice = (
+        f"The run also has {' and '.join(f'export/{name}' for name in there)}: add export.target={there[0]}. "
+        if there
+        else "Export to another target. "
+    )
     able = [name for name in SERVERS if target in ENGINES[name].targets]
     others = f"serve.engine={' or '.join(able)} reads that one" if able else "no engine here reads that one"
     return [
         f"serve.engine={serve.engine.name}: reads export.target={', '.join(targets)}, but {export.directory} was"
-        f" exported with export.target={target}. Export to another target, or change the engine: {others}."
+        f" exported with export.target={target}. {advice}Or change the engine:"
+        f" {others}."
     ]
 
 

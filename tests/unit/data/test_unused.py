@@ -190,7 +190,7 @@ def test_rows_of_another_split_are_an_error_until_the_filter_chooses(tmp_path: P
     path = jsonl(tmp_path / "a.jsonl", [*numbered(4, split="train"), *numbered(2, split="test")])
     message = load_error(path)
     assert "the column 'split' says train in 4 rows, test in 2 rows, but all of them would be used" in message
-    assert message.endswith("Choose the rows: '+data.filter.split=[train]'")
+    assert message.endswith("Choose the rows: 'data.filter.split=[train]'")
     assert len(conversations(path, filter={"split": ["train"]})) == 4
     assert len(conversations(jsonl(path, numbered(4, split="train")))) == 4
     assert len(conversations(jsonl(path, numbered(4, split="left")))) == 4

@@ -187,6 +187,13 @@ def test_an_engine_that_cannot_read_the_export_is_refused_with_an_engine_that_ca
     assert f"export.target={target}" in str(caught.value) and able[target] in str(caught.value)
 
 
+def test_an_engine_that_can_read_another_export_of_the_run_is_refused_with_its_target(config: PipelineConfig) -> None:
+    make_export(config, "mxfp4")
+    config.export.target = ExportTarget["gguf"]
+    with pytest.raises(UserError, match=r"The run also has export/mxfp4: add export\.target=mxfp4\. Or change"):
+        plan(config, make_export(config, "gguf"))
+
+
 def test_several_mistakes_are_reported_together(refusal: Refusal) -> None:
     message = refusal(
         engine=ServingEngine["llama_cpp"], context_length=1, tensor_parallel_size=2, gpu_memory_fraction=0.5
