@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.runs import stopping
@@ -13,26 +14,35 @@ from pipeline.runs.stopping import Stopped
 
 
 class Preemption(TrainerCallback):
-    """Stops training after the step in which a signal arrives. The checkpoint of this step is saved first.
+    """Stops training after the step in which a signal reaches any process. The checkpoint of this step is saved first.
 
-    A line of metrics averages the steps since the line before it. So that a resumed run writes the same lines,
-    training stops only after a step that writes a line. By default, every step does.
+    A line of metrics about the steps since the last line is written, too. The first line after the resume averages the
+    steps after it. Weights and validation losses are those of an uninterrupted run.
 
     This callback comes after the callback that marks checkpoints as complete.
+
+    Attributes:
+        is_asked: whether a signal has reached any process. The trainer sets it in each step, on all processes alike.
     """
 
     def __init__(self) -> None:
+        self.is_asked = False
         self._signal: Signals | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         # The last step saves no checkpoint, and only the validation is left after it.
-        if state.global_step % int(args.logging_steps) == 0 and state.global_step < state.max_steps:
+        if self.is_asked and state.global_step < state.max_steps:
             self._signal = _share_signal(args.device)
-            control.should_save |= self._signal is not None
+            control.should_save = control.should_log = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self._signal is not None:
             raise Stopped(self._signal, f" after step {state.global_step}, with a checkpoint")
+
+
+def own_mark(like: Tensor) -> Tensor:
+    """Return 1 if a signal has reached this process, else 0, with the shape, dtype and device of a tensor."""
+    return torch.full_like(like, stopping.asked() is not None)
 
 
 def _share_signal(device: torch.device) -> Signals | None:

@@ -35,10 +35,11 @@ from pipeline.runs.console import say, warn
 from pipeline.runs.metrics import read_metrics
 from pipeline.runs.processes import wait_for_everyone
 from pipeline.runs.training_checkpoints import read_step
-from pipeline.training import resume
+from pipeline.training import preemption, resume
 from pipeline.training.callbacks import ForgetRounded, TokenCount, make_callbacks
 from pipeline.training.determinism import deterministic_on_cpu
 from pipeline.training.distillation import Teacher, distill
+from pipeline.training.preemption import Preemption
 from pipeline.training.symptoms import warn_of_symptoms
 from pipeline.training.trained_only import TrainedOnly
 from pipeline.training.weight_changes import WeightChanges
@@ -141,17 +142,12 @@ def _run(trainer: "_Trainer", setup: Setup, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         say(setup.stage, f"resuming from step {read_step(checkpoint)}")
     try:
-        with deterministic_on_cpu(), stopping.deferred(setup.stage, _end_of_preempted(setup.settings)):
+        with deterministic_on_cpu(), stopping.deferred(setup.stage, "after this step, with a checkpoint"):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (CodecError, FloatingPointError) as error:
         raise setup.divergence_error(str(error)) from error
     if trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
-
-
-def _end_of_preempted(settings: TrainConfig) -> str:
-    step = "this step" if settings.logging_steps == 1 else "the next line of metrics"
-    return f"after {step}, with a checkpoint"
 
 
 def _summarize_losses(setup: Setup, kept: int | None) -> dict[str, float]:
@@ -181,6 +177,7 @@ class _Trainer(TrainedOnly, SFTTrainer):
 
     weight_changes: WeightChanges
     tokens: TokenCount
+    preemption: Preemption
     evaluated_step: int | None = None
     _teacher: Teacher | None = None
     _loss_of_step = torch.zeros(())
@@ -194,9 +191,12 @@ class _Trainer(TrainedOnly, SFTTrainer):
             sharding.reshard(self._teacher.model)  # only now, as the backward pass uses the teacher's head again
         self._loss_of_step = self._loss_of_step + loss.detach()
         if self.accelerator.sync_gradients:
-            total = self.accelerator.reduce(self._loss_of_step, "sum")
+            # The signal travels with the loss, so it costs no collective and no synchronization of its own.
+            both = torch.stack([self._loss_of_step, preemption.own_mark(self._loss_of_step)])
+            total, marks = self.accelerator.reduce(both, "sum").tolist()
             self._loss_of_step = torch.zeros(())
-            if not total.isfinite():
+            self.preemption.is_asked = marks > 0
+            if not math.isfinite(total):
                 raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is not finite")
         return loss
 
@@ -281,6 +281,7 @@ def make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trai
     own = make_callbacks(
         setup.settings, directory=setup.directory, stage=setup.stage, sharding=setup.sharding, tokens=tokens
     )
+    (stops,) = (each for each in own if isinstance(each, Preemption))
     with _setting_errors(setup):
         trainer = _Trainer(
             model=inputs.model,
@@ -295,7 +296,7 @@ def make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trai
     strategy.correct(trainer.accelerator)
     strategy.set_gathers(inputs.model, setup.settings)
     trainer.remove_callback(PrinterCallback)
-    trainer.tokens, trainer.weight_changes = tokens, inputs.weight_changes
+    trainer.tokens, trainer.preemption, trainer.weight_changes = tokens, stops, inputs.weight_changes
     if inputs.rounded is not None:
         trainer.add_callback(ForgetRounded(inputs.rounded))
     if inputs.teacher is not None:

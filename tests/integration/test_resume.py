@@ -166,13 +166,13 @@ def test_training_that_the_system_stops_saves_a_checkpoint_and_resumes_to_the_sa
         patched.setattr(callbacks.Metrics, "on_pre_optimizer_step", send, raising=False)
         assert run_program("stage=sft", *settings) == 143
     shown = capsys.readouterr()
-    assert "[sft] SIGUSR1: stopping after the next line of metrics, with a checkpoint\n" in shown.out
+    assert "[sft] SIGUSR1: stopping after this step, with a checkpoint\n" in shown.out
     assert shown.err.endswith(
-        "error: stopped by SIGUSR1 after step 4, with a checkpoint. stage=sft: the next run starts from step 4, its"
+        "error: stopped by SIGUSR1 after step 3, with a checkpoint. stage=sft: the next run starts from step 3, its"
         f" last checkpoint. To go on: python -m pipeline stage=sft run_dir={run}\n"
     )
     assert run_program("stage=sft", *settings) == 0
-    assert "resuming from step 4" in capsys.readouterr().out
+    assert "resuming from step 3" in capsys.readouterr().out
     whole, resumed = artifacts.load(smoke_run / "sft"), artifacts.load(run / "sft")
     assert (resumed.fingerprint, resumed.details) == (whole.fingerprint, whole.details)
 
