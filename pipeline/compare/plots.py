@@ -130,6 +130,8 @@ def _draw_lines(axes: Axes, chart: Chart) -> None:
             {"linestyle": ":", "linewidth": 1.2} if series.is_secondary else {"marker": marker, "markersize": 4}
         )
         points = series.points
+        if len(points) == 1:
+            look |= {"marker": marker, "markersize": 4}  # a single point makes no line
         if points:
             axes.plot([p.at for p in points], [p.value for p in points], color=colour, label=series.name, **look)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))

@@ -66,5 +66,5 @@ BETWEEN_0_AND_1 = Bound("between 0 and 1, both excluded", lambda value: 0 < valu
 BELOW_1 = Bound("0 or more and below 1", lambda value: 0 <= value < 1)
 FROM_0_TO_1 = Bound("from 0 to 1", lambda value: 0 <= value <= 1)
 ABOVE_0_UP_TO_1 = Bound("above 0 and up to 1", lambda value: 0 < value <= 1)
-SEED = Bound("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+SEED = Bound("from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 NOT_EMPTY = Bound("some text", lambda value: bool(value.strip()))

@@ -29,5 +29,11 @@ class Folders:
 
     def choices(self, group: str) -> list[str]:
         """List the choices of a group. The group's name may end with a package, as in `train@sft`."""
-        folder = self.recipes if group == RECIPE else self.conf / group.partition("@")[0]
-        return sorted(path.stem for path in folder.glob("*.yaml"))
+        return sorted(path.stem for path in self._folder(group).glob("*.yaml"))
+
+    def file(self, group: str, choice: str) -> Path:
+        """Return the file of a choice."""
+        return self._folder(group) / f"{choice}.yaml"
+
+    def _folder(self, group: str) -> Path:
+        return self.recipes if group == RECIPE else self.conf / group.partition("@")[0]

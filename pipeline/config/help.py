@@ -5,7 +5,7 @@ All facts about settings come from their definitions. Every line fits into WIDTH
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
-from textwrap import wrap
+from textwrap import indent, wrap
 
 from pipeline.config.descriptions import Description, describe_settings
 from pipeline.config.groups import GROUPS, Folders
@@ -21,7 +21,7 @@ _EXAMPLES = (
     ("-m stage=qat recipe=smoke format=mxfp4,nvfp4", "a sweep: one job for each value"),
 )
 _FLAGS = (
-    ("--help NAME", "explain only a stage, group, section or setting, such as sft or sft.learning_rate"),
+    ("--help NAME", "explain only a stage, group, choice, section or setting, such as sft or data=sharegpt"),
     ("--version", "print the versions of this program and of the main libraries"),
     ("--cfg job", "print the composed configuration and exit"),
     ("-m, --multirun", "sweep over comma-separated values"),
@@ -83,6 +83,19 @@ def part(names: list[str], folders: Folders) -> str:
     if unknown:
         raise user_errors(unknown)
     return "\n\n".join(block for name in dict.fromkeys(names) for block in _blocks(name, folders))
+
+
+def choice(words: list[str], folders: Folders) -> str | None:
+    """Return the help about choices of groups, such as data=sharegpt: their files. Return None for other words."""
+    pairs = [word.partition("=") for word in words]
+    if not words or not all(group in GROUPS and name in folders.choices(group) for group, _, name in pairs):
+        return None
+    return "\n\n".join(_choice(group, name, folders) for group, _, name in pairs)
+
+
+def _choice(group: str, name: str, folders: Folders) -> str:
+    text = folders.file(group, name).read_text(encoding="utf-8").rstrip()
+    return f"{group}={name}\n" + indent(text, "  ")
 
 
 def names_to_explain() -> list[str]:

@@ -1,6 +1,7 @@
 """The program's names on the command line, and files of the user that hide it."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -22,8 +23,15 @@ def name() -> str:
 
 
 def name_program(text: str) -> str:
-    """Replace the program's name in a text for people by the name that the user typed."""
-    return text.replace(MODULE, name())
+    """Replace the program's name in a text for people by the name that the user typed. Columns stay aligned."""
+    command = name()
+
+    def moved(line: re.Match[str]) -> str:
+        gap = max(2, len(line[2]) + len(MODULE) - len(command))
+        return line[1] + " " * gap
+
+    aligned = re.sub(rf"(^ *{re.escape(MODULE)}\S*(?: \S+)*)( {{2,}})(?=\S)", moved, text, flags=re.MULTILINE)
+    return aligned.replace(MODULE, command)
 
 
 def find_hiding_file(directory: Path) -> Path | None:

@@ -158,9 +158,9 @@ def _validation_problems(data: DataConfig) -> list[str]:
     is_same = own.path in (None, data.path) and own.split in (None, data.split)
     if is_same and own.filter is None and own.revision in (None, data.revision):
         return [
-            f"data.validation.path={own.path}, data.validation.split={own.split}: these are the training rows"
-            f" (data.path={data.path}, data.split={data.split}). Name another file or split, or set both to null to"
-            " hold out a share of the rows."
+            f"data.validation.path={own.path or 'null'}, data.validation.split={own.split or 'null'}: these are the"
+            f" training rows (data.path={data.path}, data.split={data.split or 'null'}). Name another file or split, or"
+            " set both to null to hold out a share of the rows."
         ]
     return []
 

@@ -112,6 +112,8 @@ class Columns:
     def list_missing(self) -> list[str]:
         """Return one message for each wanted column or key that no row had. Call this after the last row."""
         there = ", ".join(self._others) or "none"
+        is_table = isinstance(self._unlike, TextRow)
+        header = " Line 1 of a CSV or TSV file must hold the names of the columns." if is_table else ""
         # Report a column only if rows were searched for it. Unreadable rows are not searched.
         # In rows that the filter drops, only the filter's columns are searched.
         missing = [
@@ -121,7 +123,7 @@ class Columns:
         ]
         found = [
             f"{setting}={column!r}: no row of {self._data.path} has that column."
-            f"{did_you_mean(column, self._others)} Existing columns: {there}."
+            f"{did_you_mean(column, self._others)} Existing columns: {there}.{header}"
             for column, setting in missing
         ]
         needed = {f"{self._key}.columns.{name}" for name in (*_NEEDED, "input")}

@@ -145,7 +145,7 @@ def _split(data: DataConfig, rows: Rows, chosen: Numbers) -> tuple[Numbers, Numb
         count = len(np.unique(rows.prompts[chosen]))
         alike = f" They have {count} different prompts, and equal prompts stay together." if count < len(chosen) else ""
         raise UserError(
-            f"data.validation_fraction={data.validation_fraction} with {len(chosen)} rows: no row is left to {empty}."
+            f"data.validation_fraction={data.validation_fraction} with {_rows(len(chosen))}: no row is left to {empty}."
             f"{alike} Change it, use more rows, or set data.validation.path."
         )
     return chosen[train], chosen[validation]
@@ -246,3 +246,7 @@ def _fingerprint(tokenizer: Tokenizer) -> str:
     libraries = [version(library) for library in ("transformers", "tokenizers")]
     text = f"{libraries}{tokenizer.chat_template}{tokenizer.backend_tokenizer.to_str()}"
     return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"

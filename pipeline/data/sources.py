@@ -227,8 +227,8 @@ def _load_from_hub(source: Source, hub_id: str) -> Dataset | IterableDataset:
 
 def _not_on_hub(source: Source, error: Exception) -> UserError:
     return UserError(
-        f"{source.key}.path={source.data.path!r}, {source.key}.split={source.data.split!r}: no such file or folder, and"
-        f" the hub cannot be reached or does not have it ({_first_line(error)})."
+        f"{source.key}.path={source.data.path!r}, {source.key}.split={_shown(source.data.split)}: no such file or"
+        f" folder, and the hub cannot be reached or does not have it ({_first_line(error)})."
     )
 
 
@@ -279,3 +279,8 @@ def digest_of_files(files: list[Path]) -> str:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
     return hashed.hexdigest()
+
+
+def _shown(value: str | None) -> str:
+    """Return a value as the command line writes it."""
+    return "null" if value is None else repr(value)

@@ -91,7 +91,8 @@ def save_adapters(model: "PreTrainedModel", directory: Path, base: Path) -> None
     if is_main_process():
         unfinished = directory / "adapters.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)  # left by an interrupted save
-        model.save_pretrained(str(unfinished), state_dict=state)
+        # Otherwise PEFT would look for the base's config.json in the working directory and on the Hub.
+        model.save_pretrained(str(unfinished), state_dict=state, save_embedding_layers=False)
         _write_adapter_config(unfinished / ADAPTER_CONFIG, model, os.path.relpath(base, directory))
         for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
             (unfinished / name).replace(directory / name)

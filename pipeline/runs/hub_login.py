@@ -28,4 +28,4 @@ def _name_problems(name: str) -> list[str]:
 
 def setting(name: str) -> str:
     """Return the setting as messages show it."""
-    return f"export.push_to_hub={name}"
+    return f"export.push_to_hub={'true' if name == 'True' else name}"  # OmegaConf makes text of true

@@ -147,7 +147,7 @@ def _tell(record: ExportRecord, rounding: Figures) -> None:
             "hardly any of the fine-tuning of the experts reached the 4-bit weights: only"
             f" {record.survival:.2%} of the moved weights still differ from the base model after rounding. The others"
             " have the base model's values again. Measure the effect with stage=evaluate. To move more weights, raise"
-            " qat.learning_rate or qat.max_steps, run stage=quantize and stage=qat again, and export the result.",
+            " qat.learning_rate or qat.max_steps, and run stage=qat and then stage=export with overwrite=true.",
         )
 
 

@@ -16,6 +16,8 @@ from pipeline.runs.stopping import Stopped
 class Preemption(TrainerCallback):
     """Stops training after the step in which a signal reaches any process. The checkpoint of this step is saved first.
 
+    With several processes, a signal that arrives after the loss was computed stops them one step later.
+
     A line of metrics about the steps since the last line is written, too. The first line after the resume averages the
     steps after it. Weights and validation losses are those of an uninterrupted run.
 
@@ -31,7 +33,8 @@ class Preemption(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         # The last step saves no checkpoint, and only the validation is left after it.
-        if self.is_asked and state.global_step < state.max_steps:
+        is_asked = self.is_asked or (process_count() == 1 and stopping.asked() is not None)
+        if is_asked and state.global_step < state.max_steps:
             self._signal = _share_signal(args.device)
             control.should_save = control.should_log = True
 

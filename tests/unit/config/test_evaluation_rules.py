@@ -30,7 +30,7 @@ def broken(**settings: Any) -> list[str]:
         ("generation.top_p", 0.0, "above 0 and up to 1"),
         ("generation.top_p", 1.5, "above 0 and up to 1"),
         ("generation.samples", 0, "greater than 0"),
-        ("generation.seed", -1, "a whole number from 0 to 4294967295"),
+        ("generation.seed", -1, "from 0 to 4294967295"),
         ("generation.batch_size", 0, "greater than 0"),
         ("endpoint.concurrency", 0, "greater than 0"),
         ("endpoint.retries", -1, "0 or more"),

@@ -167,6 +167,15 @@ def test_the_help_about_a_group_has_its_choices(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.count("bf16_parts, full, lora") == 2
 
 
+def test_the_help_about_a_choice_of_a_group_shows_its_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program("--help", "data=sharegpt", "recipe=smoke") == 0
+    text = capsys.readouterr().out
+    assert (
+        text.startswith("data=sharegpt\n  # Any data set in ShareGPT form.") and "    messages: conversations\n" in text
+    )
+    assert "\n\nrecipe=smoke\n" in text and len(text.splitlines()) < 200
+
+
 @pytest.mark.parametrize("name", help.names_to_explain())
 def test_every_known_name_is_explained(name: str) -> None:
     assert name.rpartition(".")[2] in help.part([name], program.FOLDERS)

@@ -7,7 +7,8 @@ import pytest
 from conftest import run_program
 
 import pipeline
-from pipeline.config import program
+from pipeline.config import help, program
+from pipeline.config.composition import FOLDERS
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,15 @@ def test_the_name_is_that_of_the_command_that_was_typed(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", [typed])
     assert program.name() == name
     assert program.name_program("Use python -m pipeline --help.") == f"Use {name} --help."
+
+
+def test_columns_stay_aligned_behind_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpt-oss-qat"])
+    for line in ("  python -m pipeline --help                ", "  README.md, docs/index.md                 "):
+        assert program.named(line + "all").index("all") == len(line)
+    pages = [program.named(help.START), program.named(help.whole(FOLDERS))]
+    columns = [[line.rindex("  ") for line in page.splitlines() if line.startswith("  gpt-oss-qat ")] for page in pages]
+    assert columns[0][-3:] == [columns[0][-1]] * 3 and len({*columns[1]}) == 1
 
 
 def test_under_the_launcher_hints_name_the_launcher(

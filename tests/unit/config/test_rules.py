@@ -283,8 +283,8 @@ def test_an_input_column_needs_a_prompt_column() -> None:
 
 
 VALIDATION: dict[str, tuple[dict[str, Any], str]] = {
-    "the same path": ({"path": "a"}, "data.validation.path=a, data.validation.split=None: these are the training rows"),
-    "the same split": ({"split": "train"}, "data.validation.path=None, data.validation.split=train: these are the"),
+    "the same path": ({"path": "a"}, "data.validation.path=a, data.validation.split=null: these are the training rows"),
+    "the same split": ({"split": "train"}, "data.validation.path=null, data.validation.split=train: these are the"),
     "neither path nor split": ({"filter": {"kind": ["x"]}}, "data.validation.filter: needs data.validation.path or"),
     "columns that do not go together": (
         {"path": "b", "columns": ColumnsConfig(prompt="x")},

@@ -116,3 +116,12 @@ def test_the_settings_of_a_group_are_those_in_conf(name: str) -> None:
     settings = json.loads(json.dumps(OmegaConf.to_container(OmegaConf.load(CONF / f"{form.group}.yaml"))))
     assert settings.get("columns", {"messages": "messages"}) == form.own
     assert settings.get("roles", {}) == form.roles
+
+
+def test_a_table_without_a_header_is_answered_with_the_place_of_the_names() -> None:
+    path = Path("rows.csv")
+    path.write_text("Add 0 and 7,7\nAdd 1 and 1,2\n", encoding="utf-8")
+    message = load_error(path)
+    assert (
+        "Existing columns: Add 0 and 7, 7. Line 1 of a CSV or TSV file must hold the names of the columns." in message
+    )

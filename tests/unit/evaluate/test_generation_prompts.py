@@ -210,7 +210,7 @@ def test_a_part_of_a_blend_without_the_column_is_named(config: PipelineConfig, t
 def test_without_a_prompt_there_is_an_error(config: PipelineConfig) -> None:
     with pytest.raises(UserError, match=r"^evaluate\.prompts\.path=\S+: the data set is empty\.$"):
         of_file(config, [])
-    with pytest.raises(UserError, match=r"^evaluate\.prompts\.filter=.*: keeps none of the 1 rows\.$"):
+    with pytest.raises(UserError, match=r"^evaluate\.prompts\.filter=.*: keeps not the only row\.$"):
         of_file(config, [{"messages": [user("a")], "kind": "b"}], filter={"kind": ["c"]})
 
 

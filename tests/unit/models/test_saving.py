@@ -72,6 +72,22 @@ def test_adapters_are_saved_as_the_same_files_after_a_killed_save(
     assert contents(killed) == contents(whole)
 
 
+@pytest.mark.filterwarnings("error")
+def test_saved_adapters_do_not_look_for_their_base_on_the_hub(
+    tiny: ModelRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.utils import save_and_load
+
+    train = TrainConfig(lora=LoraConfig(rank=1))
+    model = adapters.attach(loading.load_plain(tiny.base, torch.float32), train, "sft")
+    model.peft_config["default"].base_model_name_or_path = "base"
+    asked: list[str] = []
+    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", lambda name, *_, **__: asked.append(name))
+    monkeypatch.chdir(tmp_path)
+    saving.save_adapters(model, tmp_path, tiny.base)
+    assert asked == []
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     files = [path for path in directory.rglob("*") if path.is_file()]
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
