@@ -285,9 +285,8 @@ def _apply_filter(source: Source, table: Dataset) -> Dataset:
         return table
     kept = np.flatnonzero(column_of(table, "kept"))
     if not len(kept):
-        raise UserError(
-            f"{source.key}.filter={source.data.filter}: keeps {'not the only row' if len(table) == 1 else f'none of the {len(table)} rows'}."
-        )
+        none = "not the only row" if len(table) == 1 else f"none of the {len(table)} rows"
+        raise UserError(f"{source.key}.filter={source.data.filter}: keeps {none}.")
     say("data", f"{source.key}.filter keeps {len(kept)} of {len(table)} rows of {source.data.path}")
     return table.select(kept)
 
