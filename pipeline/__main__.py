@@ -117,7 +117,7 @@ def _answer(arguments: list[str]) -> str | None:
             return completion.answer(order, FOLDERS, os.environ.get(completion.BEFORE, ""))
     if command_line.asks_for("--help", arguments):
         if (text := help.choice([each for each in arguments if not each.startswith("-")], FOLDERS)) is not None:
-            return program.named(text)
+            return program.name_program(text)
         names = command_line.words(arguments)
         return program.name_program(help.part(names, FOLDERS) if names else help.whole(FOLDERS))
     return provenance.versions() if command_line.asks_for("--version", arguments) else None

@@ -29,8 +29,8 @@ def test_the_name_is_that_of_the_command_that_was_typed(monkeypatch: pytest.Monk
 def test_columns_stay_aligned_behind_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["gpt-oss-qat"])
     for line in ("  python -m pipeline --help                ", "  README.md, docs/index.md                 "):
-        assert program.named(line + "all").index("all") == len(line)
-    pages = [program.named(help.START), program.named(help.whole(FOLDERS))]
+        assert program.name_program(line + "all").index("all") == len(line)
+    pages = [program.name_program(help.START), program.name_program(help.whole(FOLDERS))]
     columns = [[line.rindex("  ") for line in page.splitlines() if line.startswith("  gpt-oss-qat ")] for page in pages]
     assert columns[0][-3:] == [columns[0][-1]] * 3 and len({*columns[1]}) == 1
 
