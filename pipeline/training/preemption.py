@@ -33,7 +33,7 @@ class Preemption(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         # The last step saves no checkpoint, and only the validation is left after it.
-        is_asked = self.is_asked or (process_count() == 1 and stopping.asked() is not None)
+        is_asked = self.is_asked or (process_count() == 1 and stopping.find_request() is not None)
         if is_asked and state.global_step < state.max_steps:
             self._signal = _share_signal(args.device)
             control.should_save = control.should_log = True
@@ -45,7 +45,7 @@ class Preemption(TrainerCallback):
 
 def own_mark(like: Tensor) -> Tensor:
     """Return 1 if a signal has reached this process, else 0, with the shape, dtype and device of a tensor."""
-    return torch.full_like(like, stopping.asked() is not None)
+    return torch.full_like(like, stopping.find_request() is not None)
 
 
 def _share_signal(device: torch.device) -> Signals | None:
