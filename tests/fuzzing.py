@@ -19,7 +19,8 @@ from pipeline.config.composition import FOLDERS
 from pipeline.data import harmony_text
 from pipeline.data.columns import Columns
 from pipeline.data.conversations import Conversation, ConversationError
-from pipeline.data.files import Unreadable, raise_if_other_format, read_file
+from pipeline.data.files import raise_if_other_format, read_file
+from pipeline.data.json_rows import Unreadable
 from pipeline.data.parsing import parse_conversation
 from pipeline.errors import UserError
 from pipeline.evaluate.transcripts import parse

@@ -13,7 +13,7 @@ from pipeline.data.files import SPLIT_OF, ArrowRow, TextRow
 from pipeline.data.messages import REASONING_KEYS, ROLE_ALIASES
 from pipeline.data.unused import Unused
 from pipeline.errors import did_you_mean
-from pipeline.runs.foreign_files import MOST_DEPTH, is_too_deep, parse_json
+from pipeline.runs.foreign_files import MOST_DEPTH, describe_error, is_too_deep, parse_json
 
 _NEEDED = ("messages", "prompt", "completion")
 _OPTIONS = ("tools", "reasoning_effort", "reasoning_language")
@@ -276,7 +276,9 @@ class Columns:
             try:
                 messages = parse_json(messages)
             except ValueError as error:
-                raise ConversationError(f"{column!r} is text, but not a list of messages in JSON ({error})") from error
+                raise ConversationError(
+                    f"{column!r} is text, but not a list of messages in JSON ({describe_error(error)})"
+                ) from error
         if not isinstance(messages, (list, tuple)):
             return messages
         named = self._data.columns.role

@@ -4,20 +4,19 @@ A file whose contents are of another format is an error. The message names the f
 """
 
 import csv
-import json
 import os
-import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from pipeline.config.hub_ids import DATA_SUFFIXES
+from pipeline.data import json_rows
+from pipeline.data.json_rows import Unreadable
 from pipeline.errors import UserError
-from pipeline.runs.foreign_files import describe_irregular, parse_json, parse_json_at
+from pipeline.runs.foreign_files import describe_error, describe_irregular, parse_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -46,7 +45,6 @@ _SPLIT_NAMES = {
 """Split -> words in the names of its files and lists, as in the library `datasets`."""
 SPLIT_OF = {word: split for split, words in _SPLIT_NAMES.items() for word in words}
 """Word -> the split that it names."""
-_SPACE = re.compile(r"\s*")
 _SAME_FORMAT = {
     **dict.fromkeys((".ndjson", ".jsonlines", ".jl"), ".jsonl"),
     **dict.fromkeys((".pq", ".parq"), ".parquet"),
@@ -54,13 +52,6 @@ _SAME_FORMAT = {
 """Other suffixes of formats that the program reads -> the suffix that it reads."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 """First bytes of a compressed file -> program that unpacks it."""
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """Stands for a row that cannot be read. Such a row is reported together with the other bad rows."""
-
-    reason: str
 
 
 class TextRow(dict[str, str | None]):
@@ -167,7 +158,7 @@ def _parse_line(file: BinaryIO, line: bytes) -> object:
     try:
         return parse_json(line)
     except ValueError as error:
-        return Unreadable(f"not valid JSON ({error})")
+        return Unreadable(describe_error(error))
 
 
 def _skip_line(file: BinaryIO, line: bytes) -> int:
@@ -188,57 +179,21 @@ def _read_json(path: Path, split: str) -> PlacedRows:
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
-        start = _skip_space(text, 0)
+        start = json_rows.skip_space(text, 0)
         is_list = text[start : start + 1] == "["
         if not is_list and start < len(text):
-            value, end = parse_json_at(text, start)
-            if isinstance(value, dict) and _skip_space(text, end) == len(text):
-                yield from number_rows(str(path), _rows_in(path, value, split))
+            value, end = json_rows.parse_marked_at(text, start)
+            if isinstance(value, dict) and json_rows.skip_space(text, end) == len(text):
+                yield from number_rows(str(path), map(json_rows.require_unique, _rows_in(path, value, split)))
                 return
         has_lines, line, counted = "\n" in text.strip(), 1, 0
-        for number, (position, row) in enumerate((_elements if is_list else _sequence)(text, start), 1):
+        for number, (position, row) in enumerate(
+            (json_rows.elements if is_list else json_rows.sequence)(text, start), 1
+        ):
             line, counted = line + text.count("\n", counted, position), position
             yield f"{path}: row {number}{f' (line {line})' if has_lines else ''}", row
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}).") from error
-
-
-def _elements(text: str, start: int) -> Iterator[tuple[int, object]]:
-    """Yield (position, element) for the elements of the JSON list that begins at `start`.
-
-    Raises:
-        json.JSONDecodeError: the text is not a JSON list, or has more than the list.
-    """
-    position = _skip_space(text, start + 1)
-    is_open = text[position : position + 1] != "]"
-    while is_open:
-        element, end = parse_json_at(text, position)
-        yield position, element
-        end = _skip_space(text, end)
-        is_open = text[end : end + 1] == ","
-        if not is_open and text[end : end + 1] != "]":
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
-        position = _skip_space(text, end + 1) if is_open else end
-    if (rest := _skip_space(text, position + 1)) < len(text):
-        raise json.JSONDecodeError("Extra data", text, rest)
-
-
-def _sequence(text: str, start: int) -> Iterator[tuple[int, object]]:
-    """Yield (position, value) for JSON values that follow each other, separated by white space.
-
-    Raises:
-        json.JSONDecodeError: a value is not valid JSON.
-    """
-    while start < len(text):
-        value, end = parse_json_at(text, start)
-        yield start, value
-        start = _skip_space(text, end)
-
-
-def _skip_space(text: str, position: int) -> int:
-    found = _SPACE.match(text, position)
-    assert found is not None  # the pattern matches the empty text
-    return found.end()
 
 
 def _rows_in(path: Path, value: Mapping[str, object], split: str) -> list[object]:

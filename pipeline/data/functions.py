@@ -7,7 +7,7 @@ from typing import cast
 
 from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
 from pipeline.data.conversations import ConversationError, FunctionSchema, Tool, ToolCall
-from pipeline.runs.foreign_files import MOST_DEPTH, is_too_deep, parse_json
+from pipeline.runs.foreign_files import MOST_DEPTH, describe_error, is_too_deep, parse_json
 from pipeline.runs.json_files import Json
 
 _NAMESPACE = "functions."
@@ -91,7 +91,7 @@ def _arguments(where: str, value: object) -> dict[str, object]:
             try:
                 value = parse_json(value)
             except ValueError as error:
-                raise ConversationError(f"{where}.arguments is not valid JSON ({error})") from error
+                raise ConversationError(f"{where}.arguments: {describe_error(error)}") from error
     if value is None or (isinstance(value, str) and not value.strip()):
         return {}
     if not isinstance(value, dict):
@@ -109,7 +109,7 @@ def parse_tools(tools: object) -> list[Tool] | None:
         try:
             tools = parse_json(tools)
         except ValueError as error:
-            raise ConversationError(f"'tools' is not valid JSON ({error})") from error
+            raise ConversationError(f"'tools': {describe_error(error)}") from error
     if not tools or isinstance(tools, str):
         return None
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):

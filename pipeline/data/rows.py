@@ -5,6 +5,7 @@ memory. Later stages with the same settings reuse the table.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,13 @@ from pipeline.config import DataConfig
 from pipeline.data import (
     channels,
     columns,
+    control_text,
     conversations,
     files,
     folders,
     forms,
     functions,
+    json_rows,
     messages,
     parsing,
     prompts,
@@ -32,7 +35,7 @@ from pipeline.data import (
 from pipeline.data import sources as sources_module
 from pipeline.data.columns import Columns
 from pipeline.data.conversations import Conversation, ConversationError
-from pipeline.data.files import Unreadable
+from pipeline.data.json_rows import Unreadable
 from pipeline.data.parsing import parse_conversation
 from pipeline.data.sampling import Numbers
 from pipeline.data.sources import Opened, Source, data_sources, digest_of_files, open_rows
@@ -52,13 +55,18 @@ _ROWS = Features(
         "expected": Value("string"),  # JSON
         "merged": Value("bool"),
         "unused": Value("string"),  # JSON of an `Unused`
+        "control": Value("string"),  # JSON of the control tokens in the text, or empty
     }
 )
+_MOST_PLACES = 3  # rows that a warning names
 _FILTERED_OUT = {"kept": False, "identity": 0, "prompt": 0, "merged": False} | dict.fromkeys(
-    ("conversation", "where", "expected", "unused"), ""
+    ("conversation", "where", "expected", "unused", "control"), ""
 )
 
-_MODULES = (channels, columns, conversations, files, folders, forms, functions, messages, parsing, prompts, unused)
+_MODULES = (
+    *(channels, columns, control_text, conversations, files, folders, forms, functions, json_rows, messages, parsing),
+    *(prompts, unused),
+)
 CODE = [Path(__file__), *(Path(str(module.__file__)) for module in (*_MODULES, sources_module, foreign_files))]
 """Files with the code that turns rows into conversations. If this code changes, all tables are made again."""
 
@@ -121,7 +129,8 @@ def load_rows(run: Run, data: DataConfig, *, lists_unused: bool = True) -> Rows:
     Args:
         run: the run whose directory holds the table of rows.
         data: settings of the data sets.
-        lists_unused: whether to print the columns and keys that are not used, if the rows are read for the first time.
+        lists_unused: whether to print the columns and keys that are not used, and control tokens in the text, if the
+            rows are read for the first time.
 
     Raises:
         UserError: a data set does not exist, is empty, or has bad rows. The error covers all parts of a blend, and
@@ -146,6 +155,7 @@ def read_rows(run: Run, sources: list[Source], *, lists_unused: bool = True) -> 
             unused.append(_count_unused(source, table))
             if is_new and lists_unused:
                 _print_unused(unused[-1])
+                _print_control_text(source, table)
         except UserError as error:
             errors.append(error)
     if errors:
@@ -204,6 +214,17 @@ def _print_unused(unused: UnusedCounts) -> None:
         warn("data", warning)
     for remark in unused.remarks():
         say("data", remark)
+
+
+def _print_control_text(source: Source, table: Dataset) -> None:
+    counts: Counter[str] = Counter()
+    for value in table.data.column("control").value_counts().to_pylist():
+        counts.update(dict.fromkeys(json.loads(value["values"] or "[]"), value["counts"]))
+    if not counts or not source.needs_answers:  # prompts alone are not trained
+        return
+    found = np.flatnonzero(table.data.column("control").to_numpy() != "")
+    first = table.select(found[:_MOST_PLACES])["where"]
+    warn("data", control_text.describe(len(found), dict(counts.most_common()), list(first)))
 
 
 def _make_table(run: Run, source: Source) -> tuple[Dataset, bool]:
@@ -266,6 +287,7 @@ def _check_row(source: Source, mapping: Columns, where: str, row: object) -> Map
         "expected": json.dumps(mapping.read_expected(fields), ensure_ascii=False),
         "merged": found.merged_instructions,
         "unused": json.dumps(mapping.unused_of_row(), ensure_ascii=False),
+        "control": json.dumps(found_tokens) if (found_tokens := control_text.find_control_text(found)) else "",
     }
 
 

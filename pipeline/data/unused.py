@@ -15,9 +15,13 @@ from pipeline.data.messages import MESSAGE_KEYS, REASONING_KEYS, ROLE_ALIASES
 NULL_ARGUMENTS = "nulls in the arguments of tool calls"
 """Stands for nulls that Parquet and saved data sets add to objects. They cannot be told from nulls of the data."""
 
-_CALL_KEYS = frozenset(("id", "type", "function", "name", "arguments"))
 _FUNCTION_KEYS = frozenset(("name", "arguments"))
-_SCHEMA_KEYS = frozenset(("type", "function", "name", "description", "parameters"))
+_CALL_KEYS = frozenset(("id", "type"))
+_SCHEMA_KEYS = frozenset(("type", "name", "description", "parameters"))
+_CALL_TYPES = ("json", "<|constrain|>json")
+"""Content types of a call that agree with the rendering. Only calls have a content type there."""
+_OF_RESULTS = {"channel": "commentary", "recipient": "assistant"}
+"""Key of a tool message -> the only value that agrees with the rendering."""
 _PART_KEYS = frozenset(("type", "text"))
 _IDS = ("id", "_id", "ids", "uuid", "guid", "idx", "index", "row_id", "conversation_id", "session_id", "prompt_id")
 _ORIGINS = ("source", "dataset", "url", "license", "created", "created_at", "updated_at", "timestamp", "model", "hash")
@@ -170,33 +174,46 @@ def _unused_in_message(message: object, columns: ColumnsConfig) -> Iterator[str]
     if not isinstance(message, dict):
         return
     role = ROLE_ALIASES.get(str(message.get(columns.role)), message.get(columns.role))
-    yield from (key for key in message if message[key] not in (None, "", []) and not _is_used(key, role, columns))
+    filled = [key for key in message if message[key] not in (None, "", [])]
+    yield from (key for key in filled if not _is_used(key, message, role, columns))
     for part in message[columns.content] if isinstance(message.get(columns.content), (list, tuple)) else ():
         yield from _others(part, _PART_KEYS, f"{columns.content}[]")
     calls = message.get("tool_calls")
     for call in calls if isinstance(calls, (list, tuple)) else ():
-        yield from _others(call, _CALL_KEYS, "tool_calls[]")
-        if isinstance(call, dict):
-            yield from _others(call.get("function"), _FUNCTION_KEYS, "tool_calls[].function")
+        yield from _unused_in_call(call)
     yield from _others(message.get("function_call"), _FUNCTION_KEYS, "function_call")
 
 
-def _is_used(key: str, role: object, columns: ColumnsConfig) -> bool:
+def _unused_in_call(call: object) -> Iterator[str]:
+    if not isinstance(call, dict):
+        return
+    inner = call.get("function")
+    yield from _others(call, _CALL_KEYS | ({"function"} if inner else _FUNCTION_KEYS), "tool_calls[]")
+    yield from _others(inner, _FUNCTION_KEYS, "tool_calls[].function")
+    if call.get("type") not in (None, "", "function"):
+        yield "tool_calls[].type"
+
+
+def _is_used(key: str, message: Mapping[str, object], role: object, columns: ColumnsConfig) -> bool:
     if key in (columns.role, columns.content, columns.thinking):
         return True
     if key in ("role", "content", "thinking") or (key in REASONING_KEYS and columns.thinking != "thinking"):
         return False
     if key in ("name", "tool_call_id"):
         return role == "tool"
-    if key in ("channel", "recipient", "content_type"):
-        return role in ("assistant", "tool")
+    if key in _OF_RESULTS:
+        return role == "assistant" or (role == "tool" and message[key] == _OF_RESULTS[key])
+    if key == "content_type":
+        is_call = any(message.get(name) for name in ("recipient", "tool_calls", "function_call"))
+        return role == "assistant" and is_call and message[key] in _CALL_TYPES
     return key in MESSAGE_KEYS
 
 
 def _unused_in_tool(tool: object) -> Iterator[str]:
-    yield from _others(tool, _SCHEMA_KEYS, "")
     if isinstance(tool, dict):
-        yield from _others(tool.get("function"), _SCHEMA_KEYS, "function")
+        inner = tool.get("function")
+        yield from _others(tool, frozenset(("type", "function")) if inner else _SCHEMA_KEYS, "")
+        yield from _others(inner, _SCHEMA_KEYS, "function")
 
 
 def _others(value: object, known: frozenset[str], where: str) -> Iterator[str]:

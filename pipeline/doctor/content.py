@@ -1,20 +1,17 @@
 """Describe the content of the rows: reasoning, tools, control tokens written as text, copies and languages."""
 
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import TypedDict
 
 from pipeline.config import RenderingForm
+from pipeline.data.control_text import find_control_text
 from pipeline.data.conversations import Conversation, Message, ToolCall, is_trained
 from pipeline.data.harmony import Rendering
 from pipeline.data.languages import Languages
 from pipeline.data.prompts import prompt
 from pipeline.doctor.rows import Row, first
-
-_CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?(?:think|thinking|reasoning|analysis)>|\[/?INST\]|<</?SYS>>")
-"""Matches control tokens of Harmony and other chat formats, and tags that other models put around reasoning."""
 
 
 class ReasoningFigures(TypedDict):
@@ -106,14 +103,11 @@ def tools(rows: list[Row]) -> ToolFigures:
 
 
 def control_text(rows: list[Row]) -> ControlTextFigures:
-    """Find text that looks like a control token. The model would learn to write it as text.
-
-    Harmony's special tokens are not found here, because rows that contain them are refused when the data is read.
-    """
+    """Find text that looks like a control token. The model would learn to write it as text."""
     found: Counter[str] = Counter()
     matching = []
     for row in rows:
-        matches = sorted(set(_CONTROL.findall("\n".join(_texts(row.conversation)))))
+        matches = find_control_text(row.conversation)
         found.update(matches)
         if matches:
             matching.append(row)
@@ -168,11 +162,3 @@ def _calls(message: Message) -> list[ToolCall]:
 def _reasoning(turn: Message, how: Rendering) -> str:
     is_in_content = bool(_calls(turn)) and how.form == RenderingForm.template.name
     return turn.get("thinking", "") or (turn["content"] if is_in_content else "")
-
-
-def _texts(conversation: Conversation) -> Iterator[str]:
-    for message in conversation.messages:
-        yield message["content"]
-        yield message.get("thinking", "")
-        yield message.get("preamble", "")
-        yield json.dumps(_calls(message), ensure_ascii=False)

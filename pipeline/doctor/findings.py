@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from pipeline.config import RenderingForm
 from pipeline.config.engines import engines_that_render, ways_to_set_first_line
+from pipeline.data import control_text
 from pipeline.doctor import fit
 from pipeline.doctor.facts import Facts
 
@@ -48,12 +49,7 @@ def _control_text(facts: Facts) -> list[str]:
     found = facts.data["control_text"]
     if not found["rows"]:
         return []
-    tokens = ", ".join(f"{token} ({count})" for token, count in list(found["rows_by_token"].items())[:5])
-    return [
-        f"rows whose text contains control tokens of a chat format: {found['rows']}"
-        f" ({_and_more(found['first'], found['rows'])}). Rows by token: {tokens}. The model would learn to write these"
-        " tokens. Remove them from data.path, and put reasoning into 'thinking'."
-    ]
+    return [control_text.describe(found["rows"], found["rows_by_token"], found["first"])]
 
 
 def _nothing_to_learn(facts: Facts) -> list[str]:

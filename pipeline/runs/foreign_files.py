@@ -1,12 +1,14 @@
 """Reads files that others made: only regular files, of limited size, and JSON of limited depth.
 
 A named pipe or a device can block a reader for ever, and never ends. Deeply nested JSON exhausts the stack of Python's
-parser and of code that visits the value. So these files are refused before they are read or visited.
+parser and of code that visits the value. So these files are refused before they are read or visited. An object that has
+a key twice is refused as well, because a parser would keep one of the values and lose the other without a word.
 """
 
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,6 @@ MOST_JSON_BYTES = 1 << 28
 MISSING = "is missing"
 """What `describe_irregular` returns for a path where nothing is."""
 
-_DECODER = json.JSONDecoder()
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -29,6 +30,21 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a directory",
 }
+
+
+class RepeatedKeyError(ValueError):
+    """An object in JSON has a key twice."""
+
+    def __init__(self, key: str) -> None:
+        """Create the error. `key` is the first repeated key."""
+        super().__init__(f"an object has the key {key!r:.100} twice, so one of its values would be lost. Keep one")
+        self.key = key
+
+
+class RepeatedKeys(dict[str, object]):
+    """An object of JSON that has a key twice. It has the last value of each key. `key` is the first repeated one."""
+
+    key = ""
 
 
 def describe_irregular(path: Path) -> str | None:
@@ -87,13 +103,43 @@ def read_json(path: Path, most: int = MOST_JSON_BYTES) -> Any:
     try:
         return parse_json(read_bytes(path, most))
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}).") from error
+        raise UserError(f"{path}: {describe_error(error)}.") from error
 
 
-def parse_json(text: str | bytes, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def describe_error(error: ValueError) -> str:
+    """Describe an error of `parse_json`, without a full stop."""
+    return str(error) if isinstance(error, RepeatedKeyError) else f"not valid JSON ({error})"
+
+
+def _require_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise RepeatedKeyError(_first_repeated(pairs))
+    return made
+
+
+def _mark_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) == len(pairs):
+        return made
+    marked = RepeatedKeys(made)
+    marked.key = _first_repeated(pairs)
+    return marked
+
+
+def _first_repeated(pairs: list[tuple[str, Any]]) -> str:
+    return next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_require_unique)
+_MARKING_DECODER = json.JSONDecoder(object_pairs_hook=_mark_repeated)
+
+
+def parse_json(text: str | bytes, hook: Callable[[list[tuple[str, Any]]], Any] = _require_unique) -> Any:
     """Parse JSON. `hook` is the `object_pairs_hook` of `json.loads`.
 
     Raises:
+        RepeatedKeyError: an object has a key twice.
         ValueError: it is not valid JSON, or is nested more than MOST_DEPTH deep.
     """
     try:
@@ -105,14 +151,18 @@ def parse_json(text: str | bytes, hook: Callable[[list[tuple[str, Any]]], Any] |
     return value
 
 
-def parse_json_at(text: str, start: int) -> tuple[Any, int]:
+def parse_json_at(text: str, start: int, *, marks_repeated: bool = False) -> tuple[Any, int]:
     """Parse the JSON value that begins at `start`. Returns the value, and the position after it.
+
+    Args:
+        text, start: the text, and a position in it.
+        marks_repeated: whether an object that has a key twice becomes `RepeatedKeys`. Otherwise it is an error.
 
     Raises:
         ValueError: see `parse_json`.
     """
     try:
-        value, end = _DECODER.raw_decode(text, start)
+        value, end = (_MARKING_DECODER if marks_repeated else _DECODER).raw_decode(text, start)
     except RecursionError:
         raise ValueError(_too_deep()) from None
     _raise_if_too_deep(value, text.count("[", start, end) + text.count("{", start, end))
@@ -143,3 +193,11 @@ def is_too_deep(value: object) -> bool:
         if not level:
             return False
     return True
+
+
+def find_repeated(value: object) -> str | None:
+    """Return the first repeated key in a value that `parse_json_at` has marked, or None."""
+    if isinstance(value, RepeatedKeys):
+        return value.key
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return next((found for each in inner if (found := find_repeated(each)) is not None), None)

@@ -1,5 +1,6 @@
 """Nothing is dropped without a word: each unused column or key is listed once, with its number of rows."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,35 @@ UNUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a key of a message": ({"messages": [{**USER, "mood": "x"}, ANSWER]}, "messages[].mood"),
     "the name of a user": ({"messages": [{**USER, "name": "Ada"}, ANSWER]}, "messages[].name"),
     "the channel of a user": ({"messages": [{**USER, "channel": "slack"}, ANSWER]}, "messages[].channel"),
+    **{
+        f"the content type of {name}": ({"messages": messages}, "messages[].content_type")
+        for name, messages in {
+            "a call in code": [USER, {**CALL, "content_type": "code"}, TOOL, ANSWER],
+            "an answer": [USER, {**ANSWER, "content_type": "json"}],
+            "a result": [USER, CALL, {**TOOL, "content_type": "json"}, ANSWER],
+            "a user": [{**USER, "content_type": "text"}, ANSWER],
+        }.items()
+    },
+    "the recipient of a result": (
+        {"messages": [USER, CALL, {**TOOL, "recipient": "functions.add"}, ANSWER]},
+        "messages[].recipient",
+    ),
+    "the channel of a result": (
+        {"messages": [USER, CALL, {**TOOL, "channel": "analysis"}, ANSWER]},
+        "messages[].channel",
+    ),
+    "the type of a call": (
+        {"messages": [USER, {**CALL, "tool_calls": [{"type": "custom", "name": "add"}]}, TOOL, ANSWER]},
+        "messages[].tool_calls[].type",
+    ),
+    "a name beside a called function": (
+        {"messages": [USER, {**CALL, "tool_calls": [{"name": "sub", "function": {"name": "add"}}]}, TOOL, ANSWER]},
+        "messages[].tool_calls[].name",
+    ),
+    "a name beside a tool's function": (
+        {"tools": [{"name": "sub", "function": {"name": "add", "description": ""}}]},
+        "tools[].name",
+    ),
     "a key of a part": (
         {"messages": [{**USER, "content": [{"type": "text", "text": "a", "mood": 1}]}, ANSWER]},
         "messages[].content[].mood",
@@ -74,13 +104,20 @@ def test_known_forms_leave_nothing_unused(tmp_path: Path) -> None:
             {**USER, "weight": 0},
             {
                 **CALL,
+                "content_type": "json",
                 "function_call": None,
                 "tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}],
             },
         ),
-        *({**TOOL, "tool_call_id": "1", "name": "add"}, {**ANSWER, "reasoning_content": "x", "weight": 1}),
+        {**TOOL, "tool_call_id": "1", "name": "add", "channel": "commentary", "recipient": "assistant"},
+        {**ANSWER, "reasoning_content": "x", "weight": 1},
     ]
     assert counts(jsonl(tmp_path / "a.jsonl", numbered(2, *messages, system="Be brief."))) == {}
+    by_recipient = [
+        USER,
+        {**ANSWER, "content": "{}", "recipient": "functions.add", "content_type": "<|constrain|>json"},
+    ]
+    assert counts(jsonl(tmp_path / "b.jsonl", numbered(2, *by_recipient))) == {}
 
 
 def test_what_is_not_used_is_listed_once_and_harmless_columns_in_one_line(
@@ -207,3 +244,65 @@ def test_nulls_in_arguments_are_kept_in_json_and_dropped_and_counted_in_parquet(
     assert conversations(of_parquet)[0].messages[1]["tool_calls"][0]["function"]["arguments"] == {"b": 1}
     assert counts(of_json) == {}
     assert counts(of_parquet) == {"nulls in the arguments of tool calls": 2}
+
+
+# --- text that is written as control tokens --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["content", "thinking"])
+def test_control_text_is_named_once_by_the_first_stage_that_reads_the_rows(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = [{**ANSWER, key: text} for text in ("<think>2 times 4</think>", "[INST] <think>", "a < b[0]")]
+    path = jsonl(tmp_path / "a.jsonl", [row for answer in answers for row in numbered(2, USER, answer)])
+    config = config_of(path)
+    load(config)
+    (warning,) = (line for line in capsys.readouterr().err.splitlines() if "control tokens" in line)
+    assert "[data] warning: rows whose text contains control tokens of a chat format: 4" in warning
+    assert f"({path}: row 1; {path}: row 2; {path}: row 3, …)" in warning
+    assert "Rows by token: <think> (4), </think> (2), [INST] (2)." in warning
+    load(config)
+    assert "control tokens" not in capsys.readouterr().err
+
+
+# --- keys that occur twice in an object ------------------------------------------------------------------------------
+
+TWICE = {
+    "a column": ('{"messages": [], "messages": %s}', "messages"),
+    "a key of a message": ('{"messages": [{"role": "user", "content": "a", "content": "b"}], "x": %s}', "content"),
+    "a key of a nested column": ('{"more": {"tone": 1, "tone": null}, "messages": %s}', "tone"),
+}
+
+
+@pytest.mark.parametrize(("text", "key"), TWICE.values(), ids=TWICE.keys())
+@pytest.mark.parametrize("form", ["a.jsonl", "list.json", "lines.json", "object.json"])
+def test_a_key_that_occurs_twice_in_an_object_is_a_problem_of_its_row(
+    form: str, text: str, key: str, tmp_path: Path
+) -> None:
+    lines = [json.dumps(row) for row in numbered(3)]
+    lines[1] = text % json.dumps(numbered(1)[0]["messages"])
+    path = tmp_path / form
+    path.write_text(
+        {"list.json": f"[{','.join(lines)}]", "object.json": f'{{"data": [{",".join(lines)}]}}'}.get(
+            form, "\n".join(lines)
+        )
+    )
+    assert load_error(path).startswith(f"{path}: row 2")
+    assert f": an object has the key '{key}' twice, so one of its values would be lost. Keep one." in load_error(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"messages": '[{"role": "user", "role": "assistant", "content": "x"}]'}, "'messages' is text, but not a list"),
+        ({"tools": '[{"name": "add", "name": "sub", "description": "x"}]'}, "'tools': an object has the key 'name'"),
+        (
+            {"messages": [USER, {**CALL, "tool_calls": [{"name": "add", "arguments": '{"a": 1, "a": 2}'}]}]},
+            "messages[1].tool_calls[0].arguments: an object has the key 'a' twice",
+        ),
+    ],
+)
+def test_a_key_that_occurs_twice_in_json_text_of_a_row_is_a_problem(columns: Any, reason: str, tmp_path: Path) -> None:
+    (row,) = numbered(1)
+    message = load_error(jsonl(tmp_path / "a.jsonl", [{**row, **columns}]))
+    assert reason in message and "twice, so one of its values would be lost. Keep one" in message

@@ -1,5 +1,6 @@
 """Files that others made are refused before they can block, fill the memory or exhaust the stack."""
 
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.runs.foreign_files import (
     MOST_DEPTH,
     describe_irregular,
+    find_repeated,
     list_irregular,
     parse_json,
     parse_json_at,
@@ -77,6 +79,15 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
         file.truncate(10**12)
     with pytest.raises(UserError, match=r"has 1,000,000,000,000 bytes. A file of this kind has at most 1,000."):
         read_json(path, most=1000)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "b": {"c": 1, "c": 2}}', '[{"c": 1, "a": 0, "c": 1}]'])
+def test_an_object_with_a_key_twice_is_a_user_error_with_the_key(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=r"x.json: an object has the key 'c' twice, so one of its values would be lost"):
+        read_json(tmp_path / "x.json")
+    marked, _ = parse_json_at(text, 0, marks_repeated=True)
+    assert marked == json.loads(text) and find_repeated(marked) == "c" and find_repeated(json.loads(text)) is None
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"", b"{", b"9" * 5000])
