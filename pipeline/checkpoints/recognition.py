@@ -175,6 +175,8 @@ def _describe_original(directory: Path, config: Mapping[str, object]) -> str:
 
 
 def _describe_without_config(directory: Path) -> str | None:
+    if (directory / CONFIG).exists():
+        return f"its {CONFIG} is a directory, not a file. Move the directory away, and fetch the file again."
     if (directory / ADAPTER_CONFIG).is_file():
         return _describe_adapters(directory)
     if gguf := sorted(directory.glob("*.gguf")):

@@ -36,8 +36,11 @@ def join_channels(parts: list[Part]) -> list[Part]:
     """Join the messages of each assistant turn. Messages without a channel are turns of their own.
 
     Raises:
-        ConversationError: the parts of a turn are incomplete, or in another order.
+        ConversationError: a channel is unknown, or the parts of a turn are incomplete, or in another order.
     """
+    for part in parts:
+        if part.channel is not None and part.channel not in _CHANNELS:
+            raise ConversationError(f"{part.where} has the unknown channel {part.channel!r}; use {_list(_CHANNELS)}")
     joined: list[Part] = []
     pending: list[Part] = []
     for part in parts:
@@ -65,9 +68,6 @@ def _raise_if_any(pending: list[Part]) -> None:
 
 def _join(parts: list[Part]) -> Part:
     *before, last = parts
-    for part in parts:
-        if part.channel is not None and part.channel not in _CHANNELS:
-            raise ConversationError(f"{part.where} has the unknown channel {part.channel!r}; use {_list(_CHANNELS)}")
     calls = last.recipient if last.recipient is not None else "tool_calls" if "tool_calls" in last.message else None
     if calls is not None and last.channel not in (None, "commentary"):
         raise ConversationError(f"{last.where} calls {calls!r} in the channel {last.channel!r}, not in 'commentary'")
@@ -108,7 +108,8 @@ def _call(part: Part) -> ToolCall:
     recipient = str(part.recipient)
     if strip_namespace(recipient) == recipient:
         raise ConversationError(
-            f"{part.where} has the recipient {recipient!r}, but only functions.<name> can be called"
+            f"{part.where} has the recipient {recipient!r}, but only functions.<name> can be called."
+            " Make the call a function, or remove the row"
         )
     if "tool_calls" in part.message:
         raise ConversationError(f"{part.where} has 'tool_calls' and 'recipient'. Keep one of them")

@@ -49,6 +49,7 @@ class Columns:
         self._unlike: Mapping[str, object] | None = None  # the first row that lacks a wanted column
         self._keys: dict[str, None] = {}  # ordered set: keys of the messages
         self._unused = Unused([], {})  # of the last row
+        self._places: list[str] | None = None  # of the last row's messages
         self._splits: Counter[str] = Counter()  # value of an unused column `split` -> number of rows
 
     def require_object(self, row: object) -> Mapping[str, object]:
@@ -85,14 +86,19 @@ class Columns:
         values = {name: _drop_nulls(value) for name, value in values.items()} if isinstance(row, ArrowRow) else values
         messages = self._messages(row, values["messages"]) if "messages" in values else self._single_turn(row, values)
         has_instructions = _has_instructions(messages)
-        messages = self._add_system(values.get("system"), messages)
+        asked = self._add_system(values.get("system"), messages)
+        self._places = self._find_places(values, messages, has_system=asked is not messages)
         tools = self._tools(row, values.get("tools"))
         self._note_unused(row, values, has_instructions)
-        return {"messages": messages, **{name: values.get(name) for name in _OPTIONS}, "tools": tools}
+        return {"messages": asked, **{name: values.get(name) for name in _OPTIONS}, "tools": tools}
 
     def unused_of_row(self) -> Unused:
         """Return the unused parts of the row that `to_chat_row` has converted last."""
         return self._unused
+
+    def places_of_row(self) -> list[str] | None:
+        """Return the places of the messages of the row that `to_chat_row` has converted last. See `parse_messages`."""
+        return self._places
 
     def read_expected(self, row: Mapping[str, object]) -> dict[str, str]:
         """Return the values that scorers need, as text. `row` must be a row that data.filter keeps.
@@ -196,6 +202,21 @@ class Columns:
         same = _has_instructions(messages) and messages[0]["content"] == text
         return messages if same else [{"role": "system", "content": text}, *messages]
 
+    def _find_places(self, values: Mapping[str, object], messages: object, *, has_system: bool) -> list[str] | None:
+        """Return the place of each message in the row, or None if the messages are no list."""
+        if not isinstance(messages, (list, tuple)):
+            return None
+        columns, prompt = self._data.columns, values.get("prompt")
+        if "messages" in values:
+            places = [f"messages[{i}]" for i in range(len(messages))]
+        elif isinstance(prompt, (list, tuple)):
+            answers = [f"{columns.completion}[{i}]" for i in range(len(messages) - len(prompt))]
+            answers = [str(columns.completion)] if isinstance(values.get("completion"), str) else answers
+            places = [*(f"{columns.prompt}[{i}]" for i in range(len(prompt))), *answers]
+        else:
+            places = [str(columns.prompt), str(columns.completion)][: len(messages)]
+        return [str(columns.system), *places] if has_system else places
+
     def _tools(self, row: Mapping[str, object], tools: object) -> object:
         if not self._uses_older_tools(row):
             return tools
@@ -249,16 +270,18 @@ class Columns:
         """Join a list of messages and its completion. Answers in the prompt are context, and are not trained."""
         if values.get("input"):
             raise ConversationError(f"{self._data.columns.input!r} cannot follow a prompt that is a list of messages")
-        asked, answer = self._messages(row, values["prompt"]), values.get("completion")
+        columns = self._data.columns
+        asked, answer = self._messages(row, values["prompt"], columns.prompt), values.get("completion")
         if not isinstance(asked, list) or "completion" not in values:
             return asked
         context = [{**m, "weight": 0} if isinstance(m, dict) and m["role"] == "assistant" else m for m in asked]
         if isinstance(answer, str):
             return [*context, self._answer(values)]
-        said = self._messages(row, answer)
+        said = self._messages(row, answer, columns.completion)
         if not isinstance(said, list):
             raise ConversationError(
-                f"{self._data.columns.completion!r} is {type(answer).__name__}, not a list of messages"
+                f"{self._data.columns.completion!r} is {type(answer).__name__}, not a list of messages."
+                " Give a text or a list"
             )
         return [*context, *said]
 
@@ -270,7 +293,8 @@ class Columns:
             raise ConversationError(f"{self._data.columns.input!r} is {type(more).__name__}, not text")
         return f"{values['prompt']}\n\n{more}"
 
-    def _messages(self, row: Mapping[str, object], messages: object) -> object:
+    def _messages(self, row: Mapping[str, object], messages: object, name: str | None = "messages") -> object:
+        """Give the messages their usual keys. `name` is the name of their list in error messages."""
         if isinstance(messages, str):  # cells of a CSV file are text
             column = self._data.columns.messages
             try:
@@ -288,10 +312,10 @@ class Columns:
                 self._keys |= {key: None for key in message if len(self._keys) < _MOST_NAMES or key in wanted}
                 if named not in message:
                     self._unlike = self._unlike or row
-                    raise ConversationError(f"messages[{i}] has no {named!r} (it has: {', '.join(map(str, message))})")
-        return [self._message(i, message) for i, message in enumerate(messages)]
+                    raise ConversationError(f"{name}[{i}] has no {named!r} (it has: {', '.join(map(str, message))})")
+        return [self._message(f"{name}[{i}]", message) for i, message in enumerate(messages)]
 
-    def _message(self, index: int, message: object) -> object:
+    def _message(self, where: str, message: object) -> object:
         """Give the message's keys their usual names. Other keys stay: `messages.parse_messages` knows them."""
         if not isinstance(message, dict):
             return message
@@ -300,16 +324,16 @@ class Columns:
         if columns.thinking != ColumnsConfig.thinking:  # the setting chooses the key with the reasoning
             replaced |= {*REASONING_KEYS}
         chat = {key: value for key, value in message.items() if key not in replaced}
-        chat["role"] = self._role(index, message[columns.role])
+        chat["role"] = self._role(where, message[columns.role])
         return {**chat, "content": message.get(columns.content), "thinking": message.get(columns.thinking)}
 
-    def _role(self, index: int, name: object) -> object:
+    def _role(self, where: str, name: object) -> object:
         role = self._data.roles.get(name, name) if isinstance(name, str) else name
         known = (*ROLES, *ROLE_ALIASES)
         meant = forms.role_of(role) if isinstance(role, str) and role not in known else None
         if meant is not None:
             raise ConversationError(
-                f"messages[{index}] has the unknown role {role!r}; roles are {', '.join(ROLES)}. Set"
+                f"{where} has the unknown role {role!r}; roles are {', '.join(ROLES)}. Set"
                 f" '{self._key}.roles={{{name}: {meant}}}'"
             )
         return role

@@ -3,6 +3,7 @@
 A file whose contents are of another format is an error. The message names the format, and says how to convert the file.
 """
 
+import codecs
 import csv
 import os
 import shlex
@@ -45,6 +46,11 @@ _SPLIT_NAMES = {
 """Split -> words in the names of its files and lists, as in the library `datasets`."""
 SPLIT_OF = {word: split for split, words in _SPLIT_NAMES.items() for word in words}
 """Word -> the split that it names."""
+_ENCODINGS = {
+    **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32"),
+    **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16"),
+}
+"""First bytes of a text -> its encoding."""
 _SAME_FORMAT = {
     **dict.fromkeys((".ndjson", ".jsonlines", ".jl"), ".jsonl"),
     **dict.fromkeys((".pq", ".parq"), ".parquet"),
@@ -76,7 +82,8 @@ def raise_if_other_format(key: str, path: Path) -> None:
             head = file.read(_HEAD_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
-    found = _describe_binary(path, suffix, head) or _describe_text(path, suffix, head)
+    found = _describe_binary(path, suffix, head) or _describe_encoding(path, suffix, head)
+    found = found or _describe_text(path, suffix, head)
     if found is None and suffix not in DATA_SUFFIXES:
         found = f"must be {KINDS}."
     if found is not None:
@@ -118,6 +125,25 @@ def _describe_binary(path: Path, suffix: str, head: bytes) -> str | None:
     return None
 
 
+def _describe_encoding(path: Path, suffix: str, head: bytes) -> str | None:
+    """Describe a text file in UTF-16 or UTF-32, with a byte order mark or without it."""
+    if suffix not in DATA_SUFFIXES or suffix == ".parquet":
+        return None
+    found = next((name for mark, name in _ENCODINGS.items() if head.startswith(mark)), None)
+    if found is None and b"\0" in head[:2]:  # the first character of rows is in ASCII
+        found = "UTF-16BE" if head.startswith(b"\0") else "UTF-16LE"
+    return None if found is None else f"is in {found}, not in UTF-8. Convert it: {_command(path, found)}"
+
+
+def _not_in_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    return f"not in UTF-8 ({error}). If the file is in Latin-1, convert it ({_command(path, 'LATIN1')})"
+
+
+def _command(path: Path, encoding: str) -> str:
+    target = _free(path.with_name(f"utf8-{path.name}"))
+    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {target}"
+
+
 def _describe_text(path: Path, suffix: str, head: bytes) -> str | None:
     """Describe a text file that is named as another format."""
     quoted = shlex.quote(str(path))
@@ -149,14 +175,16 @@ def _read_jsonl(path: Path) -> PlacedRows:
             if not line.strip():
                 _skip_line(file, line)
                 continue
-            yield f"{path}: row {number}", _parse_line(file, line)
+            yield f"{path}: row {number}", _parse_line(path, file, line)
 
 
-def _parse_line(file: BinaryIO, line: bytes) -> object:
+def _parse_line(path: Path, file: BinaryIO, line: bytes) -> object:
     if (size := len(line) + _skip_line(file, line)) > MOST_ROW_BYTES:
         return _too_large(size)
     try:
         return parse_json(line)
+    except UnicodeDecodeError as error:
+        return Unreadable(_not_in_utf8(path, error))
     except ValueError as error:
         return Unreadable(describe_error(error))
 
@@ -192,6 +220,8 @@ def _read_json(path: Path, split: str) -> PlacedRows:
         ):
             line, counted = line + text.count("\n", counted, position), position
             yield f"{path}: row {number}{f' (line {line})' if has_lines else ''}", row
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {_not_in_utf8(path, error)}.") from error
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}).") from error
 
@@ -241,7 +271,7 @@ def _read_csv(path: Path) -> PlacedRows:
                 is_whole = len(cells) == len(names)
                 yield f"{path}: row {number} (line {line})", row if is_whole else _wrong_count(cells, names, separator)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not in UTF-8 ({error}). Save the file in UTF-8.") from error
+        raise UserError(f"{path}: {_not_in_utf8(path, error)}.") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
 

@@ -12,6 +12,7 @@ _ROLES = {
     **dict.fromkeys(("function", "observation", "function_response", "tool_response"), "tool"),
 }
 """Role of other formats -> role of Harmony."""
+_AS_MESSAGES = "Give each conversation as a list 'messages' of objects with role and content."
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,49 @@ class Form:
         return f"These look like {self.name}. Use {' '.join(settings)}."
 
 
-def recognize(row: Mapping[str, object]) -> Form | None:
+@dataclass(frozen=True)
+class Unsupported:
+    """A form of rows that no settings read. `name` is the form in words, `remedy` a sentence."""
+
+    name: str
+    remedy: str
+
+    def advice(self, key: str) -> str:
+        """Return sentences with the remedy. `key` is as in `Form.advice`, and is not needed."""
+        return f"These look like {self.name}. {self.remedy}"
+
+
+def recognize(row: Mapping[str, object]) -> Form | Unsupported | None:
     """Return the form of a row, or None if the row has no form that is known here."""
-    return next(iter((*_lists(row), *_pairs(row))), None)
+    found: list[Form | Unsupported] = [*_unsupported(row), *_lists(row), *_pairs(row)]
+    return next(iter(found), None)
 
 
 def role_of(name: str) -> str | None:
     """Return Harmony's name for a role of another format, or None if the role is unknown."""
     return _ROLES.get(name.lower())
+
+
+def _unsupported(row: Mapping[str, object]) -> Iterator[Unsupported]:
+    if [name for name, value in row.items() if value] == ["text"]:
+        yield Unsupported("texts without turns", f"Only conversations are trained. {_AS_MESSAGES}")
+    items = row.get("output")
+    is_pair = _is_chat(row.get("input")) and _is_answers(items)
+    if "input" in row and _as_list(items) and not is_pair:
+        yield Unsupported("rows of OpenAI's Responses API", f"Join their input and output. {_AS_MESSAGES}")
+
+
+def _is_answers(items: object) -> bool:
+    """Return whether a value is a list of messages of the assistant."""
+    return _is_chat(items) and all(isinstance(i, dict) and i.get("role") == "assistant" for i in _as_list(items))
+
+
+def _as_list(value: object) -> list[object]:
+    return [*value] if isinstance(value, (list, tuple)) else []
+
+
+def _lacks_answer(messages: object) -> bool:
+    return not any(isinstance(each, dict) and each.get("role") == "assistant" for each in _as_list(messages))
 
 
 def _lists(row: Mapping[str, object]) -> Iterator[Form]:
@@ -65,6 +101,12 @@ def _lists(row: Mapping[str, object]) -> Iterator[Form]:
         own: dict[str, str | None] = {"messages": None, "prompt": "prompt", "completion": "completion"}
         name = "conversational prompts and completions"
         yield Form(name, "prompt_completion", _others({"completion": answer}), own)
+    for asked in (name for name in ("prompt", "input") if _is_chat(row.get(name)) and _lacks_answer(row[name])):
+        for name in _ANSWERS:
+            if isinstance(row.get(name), str) or _is_answers(row.get(name)):
+                own = {"messages": None, "prompt": "prompt", "completion": "completion"}
+                columns = _others({"prompt": asked, "completion": name})
+                yield Form("conversational prompts and completions", "prompt_completion", columns, own)
     for column, value in row.items():
         first = value[0] if isinstance(value, (list, tuple)) and value else None
         if not isinstance(first, dict):

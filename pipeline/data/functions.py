@@ -10,8 +10,10 @@ from pipeline.data.conversations import ConversationError, FunctionSchema, Tool,
 from pipeline.runs.foreign_files import MOST_DEPTH, describe_error, is_too_deep, parse_json
 from pipeline.runs.json_files import Json
 
+_ADDED = {"name": "Add it", "description": "Add it. It may be an empty text"}
 _NAMESPACE = "functions."
 _ENCODED_TWICE = 2
+_OBJECT = "Give an object, or its text in JSON"
 
 
 def strip_namespace(name: str) -> str:
@@ -91,11 +93,11 @@ def _arguments(where: str, value: object) -> dict[str, object]:
             try:
                 value = parse_json(value)
             except ValueError as error:
-                raise ConversationError(f"{where}.arguments: {describe_error(error)}") from error
+                raise ConversationError(f"{where}.arguments: {describe_error(error)}. {_OBJECT}") from error
     if value is None or (isinstance(value, str) and not value.strip()):
         return {}
     if not isinstance(value, dict):
-        raise ConversationError(f"{where}.arguments is a {type(value).__name__}, not an object")
+        raise ConversationError(f"{where}.arguments is a {type(value).__name__}, not an object. {_OBJECT}")
     return value
 
 
@@ -113,22 +115,26 @@ def parse_tools(tools: object) -> list[Tool] | None:
     if not tools or isinstance(tools, str):
         return None
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):
-        raise ConversationError("'tools' is not a list of function schemas")
+        raise ConversationError(
+            "'tools' is not a list of function schemas. Give a list of objects with name and description"
+        )
     return [{"type": "function", "function": _schema(f"tools[{i}]", tool)} for i, tool in enumerate(tools)]
 
 
 def _schema(where: str, tool: Mapping[str, object]) -> FunctionSchema:
     kind = tool.get("type")
     if isinstance(kind, str) and kind != "function":
-        raise ConversationError(f"{where} is of type {kind!r}, but the model calls only functions")
+        raise ConversationError(
+            f"{where} is of type {kind!r}, but the model calls only functions. Remove it, or make it a function"
+        )
     found = tool.get("function") or tool
     schema = {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else {}
     for key in ("name", "description"):
         if not isinstance(schema.get(key), str):
             called = schema.get("name") if isinstance(found, dict) else found
-            raise ConversationError(f"{where} ({called!r}) has no {key}, which the chat template needs")
+            raise ConversationError(f"{where} ({called!r}) has no {key}, which the chat template needs. {_ADDED[key]}")
     if not isinstance(schema.get("parameters", {}), dict):
-        raise ConversationError(f"{where} ({schema['name']!r}): parameters is not a JSON schema")
+        raise ConversationError(f"{where} ({schema['name']!r}): parameters is not a JSON schema. Give an object")
     schema["name"] = strip_namespace(schema["name"])
     check_name(where, schema["name"])
     check_json("'tools'", schema)

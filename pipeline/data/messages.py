@@ -8,7 +8,7 @@ fractional weight or an image, is an error.
 from collections.abc import Mapping, Sequence
 
 from pipeline.data.channels import Part, join_channels
-from pipeline.data.conversations import ROLES, ConversationError, Message, ToolCall, is_final
+from pipeline.data.conversations import INSTRUCTIONS, ROLES, ConversationError, Message, ToolCall, is_final
 from pipeline.data.functions import check_text, make_call, strip_namespace
 
 REASONING_KEYS = ("thinking", "reasoning_content", "reasoning")
@@ -23,25 +23,50 @@ MESSAGE_KEYS = frozenset(("role", "content", *_TOOL_KEYS, *_HARMONY_KEYS, *REASO
 """Keys of messages that are used. `name` is used in tool messages only."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of content parts whose text is used."""
+_PART_ADVICE = {
+    **dict.fromkeys(("thinking", "reasoning"), "Put its text into the message's 'thinking'"),
+    **dict.fromkeys(("tool_use", "tool_call"), "Write it as the message's 'tool_calls'"),
+    **dict.fromkeys(("tool_result", "tool_response"), "Write it as a message of its own with the role 'tool'"),
+}
+"""Type of a content part -> what to do with it."""
 _OTHER_MEDIA = ("image", "images", "image_url", "audio", "audios", "video", "videos", "input_audio", "files")
 _PARTIAL_TRAINING = ("train_detail", "weights", "loss_mask")
 
 
-def parse_messages(messages: Sequence[object]) -> list[Message]:
+def parse_messages(messages: Sequence[object], places: Sequence[str] | None = None) -> list[Message]:
     """Check the messages of a row. Messages of one assistant turn, one for each Harmony channel, are joined.
+
+    Args:
+        messages: the messages.
+        places: the place of each message in the row, for error messages. By default, messages[0] and so on.
 
     Raises:
         ConversationError: a message is invalid. The error text names it.
     """
-    parts = join_channels([_part(f"messages[{i}]", message) for i, message in enumerate(messages)])
+    places = places or [f"messages[{i}]" for i in range(len(messages))]
+    found = [_part(where, message) for where, message in zip(places, messages, strict=True)]
+    _raise_if_late_instructions(found)
+    parts = join_channels(found)
     _name_results(parts)
     return [part.message for part in parts]
+
+
+def _raise_if_late_instructions(parts: Sequence[Part]) -> None:
+    roles = [part.message["role"] for part in parts]
+    for part, role, before in zip(parts[1:], roles[1:], roles, strict=False):
+        if role in INSTRUCTIONS and before not in INSTRUCTIONS:
+            raise ConversationError(
+                f"{part.where} is a {role} message in mid-conversation, which the template would drop. Move its text to"
+                " the first message, or give it the role 'user'"
+            )
 
 
 def _part(where: str, message: object) -> Part:
     """Convert one message of a row."""
     if not isinstance(message, dict):
-        raise ConversationError(f"{where} is a {type(message).__name__}, not an object with role and content")
+        raise ConversationError(
+            f"{where} is a {type(message).__name__}, not an object with role and content. Give an object"
+        )
     role = ROLE_ALIASES.get(str(message.get("role")), message.get("role"))
     if role not in ROLES:
         raise ConversationError(f"{where} has the unknown role {role!r}; roles are {', '.join(ROLES)}")
@@ -82,7 +107,7 @@ def _content(where: str, message: Mapping[str, object], *, may_be_absent: bool) 
 def _name(where: str, key: str, message: Mapping[str, object]) -> str | None:
     name = message.get(key)
     if name is not None and not isinstance(name, str):
-        raise ConversationError(f"{where}.{key} is {type(name).__name__}, not text")
+        raise ConversationError(_not_text(f"{where}.{key}", name))
     return name or None
 
 
@@ -90,18 +115,26 @@ def _text_part(where: str, part: object) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
-        raise ConversationError(f"{where} is {type(part).__name__}, not a text part")
+        raise ConversationError(f"{where} is {type(part).__name__}, not a text part. Give a text")
     kind = part.get("type", "text")
     if kind not in TEXT_PARTS:
-        raise ConversationError(f"{where} is of type {kind!r}, but the model reads only text ({', '.join(TEXT_PARTS)})")
+        advice = _PART_ADVICE.get(str(kind), "Remove the part or the row")
+        raise ConversationError(
+            f"{where} is of type {kind!r}, but the model reads only text ({', '.join(TEXT_PARTS)}). {advice}"
+        )
     return _text(f"{where}.text", part.get("text"))
 
 
 def _text(where: str, text: object) -> str:
     if not isinstance(text, str):
-        raise ConversationError(f"{where} is {type(text).__name__}, not text")
+        raise ConversationError(_not_text(where, text))
     check_text(where, text)
     return text
+
+
+def _not_text(where: str, value: object) -> str:
+    advice = "Write it as text in JSON" if isinstance(value, (dict, list, tuple)) else "Give a text, which may be empty"
+    return f"{where} is {type(value).__name__}, not text. {advice}"
 
 
 def _add_reasoning(where: str, cleaned: Message, message: Mapping[str, object]) -> None:
@@ -110,7 +143,9 @@ def _add_reasoning(where: str, cleaned: Message, message: Mapping[str, object]) 
         return
     key, *others = found
     if cleaned["role"] != "assistant":
-        raise ConversationError(f"{where} has {key!r}, but its role is {cleaned['role']!r}, not 'assistant'")
+        raise ConversationError(
+            f"{where} has {key!r}, but its role is {cleaned['role']!r}, not 'assistant'. Remove the key"
+        )
     for other in others:
         if found[other] != found[key]:
             raise ConversationError(f"{where} has different reasoning in {key!r} and {other!r}. Keep one of them")
@@ -143,7 +178,7 @@ def _calls(where: str, role: str, message: Mapping[str, object]) -> object:
         calls = [{"function": older}]
     if calls is not None and role != "assistant":
         key = "tool_calls" if older is None else "function_call"
-        raise ConversationError(f"{where} has {key!r}, but its role is {role!r}, not 'assistant'")
+        raise ConversationError(f"{where} has {key!r}, but its role is {role!r}, not 'assistant'. Remove the key")
     return calls
 
 
@@ -155,11 +190,14 @@ def _call_id(message: Mapping[str, object]) -> object:
 
 def _tool_call(where: str, tool_calls: object) -> ToolCall:
     if not isinstance(tool_calls, (list, tuple)) or len(tool_calls) != 1:
-        raise ConversationError(f"{where}.tool_calls must be a list of exactly one call, as Harmony requires")
+        raise ConversationError(
+            f"{where}.tool_calls must be a list of exactly one call, as Harmony requires. Give each call a"
+            " message of its own"
+        )
     call = tool_calls[0]
     function = call.get("function") or call if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ConversationError(f"{where}.tool_calls[0] has no function name")
+        raise ConversationError(f"{where}.tool_calls[0] has no function name. Give an object with name and arguments")
     return make_call(f"{where}.tool_calls[0]", function["name"], function.get("arguments"))
 
 

@@ -1,6 +1,6 @@
 """Checks the rows of chat data sets, and makes conversations from them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipeline.data.conversations import (
     INSTRUCTIONS,
@@ -15,7 +15,9 @@ from pipeline.data.functions import check_text, parse_tools
 from pipeline.data.messages import parse_messages
 
 
-def parse_conversation(row: object, where: str = "", needs_answer: bool = True) -> Conversation:
+def parse_conversation(
+    row: object, where: str = "", needs_answer: bool = True, places: Sequence[str] | None = None
+) -> Conversation:
     """Check one row of a chat data set.
 
     Args:
@@ -24,6 +26,7 @@ def parse_conversation(row: object, where: str = "", needs_answer: bool = True) 
             converts other forms of messages.
         where: the row's place, for error messages.
         needs_answer: whether the row must have an assistant message to train. Evaluation prompts need no answer.
+        places: see `parse_messages`.
 
     Raises:
         ConversationError: the row is not a valid conversation.
@@ -35,7 +38,7 @@ def parse_conversation(row: object, where: str = "", needs_answer: bool = True) 
         raise ConversationError(f"has no 'messages' (it has: {', '.join(sorted(map(str, row))) or 'nothing'})")
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ConversationError("'messages' is not a list with at least one message")
-    cleaned = parse_messages(messages)
+    cleaned = parse_messages(messages, places)
     merged = _merge_instructions(cleaned)
     _check_order(merged, needs_answer)
     joined = len(merged) < len(cleaned)
@@ -47,11 +50,6 @@ def _merge_instructions(messages: list[Message]) -> list[Message]:
     leading = 0
     while leading < len(messages) and messages[leading]["role"] in INSTRUCTIONS:
         leading += 1
-    for i, message in enumerate(messages[leading:], leading):
-        if message["role"] in INSTRUCTIONS:
-            raise ConversationError(
-                f"messages[{i}] is a {message['role']} message in mid-conversation, which the template would drop"
-            )
     if leading < 2:
         return messages
     text = "\n\n".join(message["content"] for message in messages[:leading])

@@ -270,7 +270,7 @@ def _check_row(source: Source, mapping: Columns, where: str, row: object) -> Map
     chat_row = mapping.to_chat_row(fields)
     if chat_row is None:
         return _FILTERED_OUT
-    found = parse_conversation(chat_row, where, source.needs_answers)
+    found = parse_conversation(chat_row, where, source.needs_answers, mapping.places_of_row())
     conversation = {
         "messages": found.messages,
         "tools": found.tools,

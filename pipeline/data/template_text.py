@@ -21,6 +21,7 @@ MOST_SECONDS = 10.0
 """Limit of the CPU time for the prompts and completions of one conversation."""
 MOST_MEMORY = 1 << 31
 """Limit of the memory that the template may allocate for the texts of one conversation, in bytes."""
+_ADVICE = "The template is chat_template.jinja in model.path. Correct it or the row, or use data.rendering=harmony"
 _PLACEHOLDER: list[Message] = [{"role": "user", "content": ""}]
 
 
@@ -37,6 +38,15 @@ class _Request(NamedTuple):
     parts: Sequence[_Part]
     options: Mapping[str, object]
     date: str
+
+
+class TemplateCostError(UserError):
+    """The template takes too long, or too much memory. `reason` is the message without its advice."""
+
+    def __init__(self, reason: str, advice: str) -> None:
+        """Create the error from its two sentences."""
+        super().__init__(f"{reason} {advice}")
+        self.reason = reason
 
 
 class Template:
@@ -100,7 +110,7 @@ class Template:
         except MemoryError as error:
             raise _too_expensive(conversation, f"needs more than {MOST_MEMORY >> 30} GiB of memory") from error
         except (CodeError, UnicodeEncodeError) as error:
-            raise ConversationError(f"the chat template refuses it: {error}") from error
+            raise ConversationError(f"the chat template refuses it: {str(error).rstrip(".")}. {_ADVICE}") from error
         return texts
 
 
@@ -147,11 +157,11 @@ def _render_parts(tokenizer: "Tokenizer", request: _Request) -> list[str]:
 _renderer = _Renderer()
 
 
-def _too_expensive(conversation: Conversation, what: str) -> UserError:
+def _too_expensive(conversation: Conversation, what: str) -> TemplateCostError:
     """Make an error that ends the reading of rows: thousands of such rows would take hours."""
-    return UserError(
-        f"{conversation.where}: the chat template {what} for these {len(conversation.messages)} messages."
-        " Use data.rendering=harmony, another chat template, or shorter conversations."
+    return TemplateCostError(
+        f"{conversation.where}: the chat template {what} for these {len(conversation.messages)} messages.",
+        "Use data.rendering=harmony, another chat template, or shorter conversations.",
     )
 
 

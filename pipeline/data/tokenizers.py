@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast, overload
 
-from pipeline.checkpoints.config_json import read_config
+from pipeline.checkpoints.config_json import CONFIG, read_config
 from pipeline.errors import UserError
-from pipeline.runs.foreign_files import read_bytes
+from pipeline.runs.foreign_files import read_utf8
 
 O200K_WORDS = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -19,7 +19,7 @@ It comes from OpenAI's tiktoken. llama.cpp calls it `gpt-4o`.
 """
 
 _JSON_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *(CONFIG, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("generation_config.json", "chat_template.json"),
 )
 _MOST_TEMPLATE_BYTES = 1 << 20  # gpt-oss' chat template has 16 KiB
@@ -100,13 +100,13 @@ def _raise_if_no_json(directory: Path) -> None:
     """Check the files that the tokenizer, or a model that is loaded later, is made from.
 
     Raises:
-        UserError: one of them is not a JSON object, is too large, or is not a regular file.
+        UserError: one of them is not a JSON object, is too large, is not in UTF-8, or is not a regular file.
     """
     for name in _JSON_FILES:
         if (directory / name).exists():
             read_config(directory, name)
     for path in sorted(directory.glob("*.jinja")):
-        read_bytes(path, _MOST_TEMPLATE_BYTES)
+        read_utf8(path, _MOST_TEMPLATE_BYTES)
 
 
 def _first_line(error: Exception) -> str:

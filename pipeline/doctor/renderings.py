@@ -12,8 +12,8 @@ from pipeline.config import RenderingForm
 from pipeline.data import harmony
 from pipeline.data.conversations import INSTRUCTIONS, Conversation, ConversationError
 from pipeline.data.harmony import Rendering
+from pipeline.data.template_text import TemplateCostError
 from pipeline.doctor.rows import Row, first
-from pipeline.errors import UserError
 from pipeline.runs.console import progress, warn
 
 _MOST_MESSAGES = 500  # the template takes time in proportion to the square of the number of messages
@@ -45,8 +45,13 @@ def figures(rows: list[Row], how: Rendering) -> RenderingFigures:
         except ConversationError:
             refused += 1
             continue
-        except UserError as error:  # the template takes too long, or too much memory
-            warn("doctor", f"only {number} rows are compared in both renderings. {error}")
+        except TemplateCostError as error:
+            use = (
+                ""
+                if how.form == RenderingForm.harmony.name
+                else " Use data.rendering=harmony, or shorter conversations."
+            )
+            warn("doctor", f"only {number} rows are compared in both renderings. {error.reason}{use}")
             compared = compared[:number]
             break
         if len(texts) > 1:

@@ -5,6 +5,7 @@ parser and of code that visits the value. So these files are refused before they
 a key twice is refused as well, because a parser would keep one of the values and lose the other without a word.
 """
 
+import codecs
 import json
 import os
 import stat
@@ -94,14 +95,30 @@ def read_bytes(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
     return content
 
 
+def read_utf8(path: Path, most: int = MOST_JSON_BYTES) -> str:
+    """Read a regular file of text that other programs read as well.
+
+    Raises:
+        UserError: see `read_bytes`, or it is not in UTF-8, or begins with a byte order mark.
+    """
+    content = read_bytes(path, most)
+    if content.startswith(codecs.BOM_UTF8):
+        raise UserError(f"{path}: begins with a byte order mark. Save the file in UTF-8 without this mark.")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not in UTF-8 ({error}). Save the file in UTF-8.") from error
+
+
 def read_json(path: Path, most: int = MOST_JSON_BYTES) -> Any:
     """Read a JSON file that others made.
 
     Raises:
-        UserError: see `read_bytes`, or it is not JSON in UTF-8, or is nested more than MOST_DEPTH deep.
+        UserError: see `read_utf8`, or it is not JSON, has a key twice in an object, or is nested more than MOST_DEPTH
+            deep.
     """
     try:
-        return parse_json(read_bytes(path, most))
+        return parse_json(read_utf8(path, most))
     except ValueError as error:
         raise UserError(f"{path}: {describe_error(error)}.") from error
 

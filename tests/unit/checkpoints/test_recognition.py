@@ -153,6 +153,14 @@ def test_a_tokenizer_alone_is_named(tmp_path: Path) -> None:
     assert error_of(directory).startswith("has no config.json and no weights, only a tokenizer. Fetch the whole")
 
 
+def test_a_config_json_that_is_a_directory_is_named(tiny: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "a"
+    shutil.copytree(tiny, directory)
+    (directory / "config.json").unlink()
+    (directory / "config.json").mkdir()
+    assert error_of(directory).startswith("its config.json is a directory, not a file. Move the directory away")
+
+
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "modelopt"])
 def test_weights_that_another_tool_quantized_are_refused_at_once(method: str, tiny: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(tiny, tmp_path / "a"))

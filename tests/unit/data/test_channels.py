@@ -118,6 +118,10 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
     "reasoning twice": ([USER, THINKING, THINKING, FINAL], "messages[1] to messages[3] are one turn"),
     "another order": ([USER, PREAMBLE, THINKING, FINAL], "messages[1] to messages[3] are one turn"),
     "unknown channel": ([USER, {**THINKING, "channel": "thoughts"}, FINAL], "unknown channel 'thoughts'"),
+    "unknown channel at the end": (
+        [USER, {**FINAL, "channel": "secret"}],
+        "messages[1] has the unknown channel 'secret'",
+    ),
     "different weights": ([USER, {**THINKING, "weight": 0}, FINAL], "are one turn, but have different weights"),
     "a call of no function": ([USER, {**CALL, "recipient": "python"}, FINAL], "only functions.<name> can be called"),
     "a call in another channel": ([USER, {**CALL, "channel": "analysis"}, FINAL], "in the channel 'analysis'"),

@@ -39,6 +39,16 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
         "questions and answers. Use data=prompt_completion data.columns.prompt=question"
         " data.columns.completion=answer.",
     ),
+    "a chat and its answer": (
+        {"input": CHAT[:1], "output": "Hello."},
+        "conversational prompts and completions. Use data=prompt_completion data.columns.prompt=input"
+        " data.columns.completion=output.",
+    ),
+    "Responses that are messages": (
+        {"input": CHAT[:1], "output": [{**CHAT[1], "content": [{"type": "output_text", "text": "Hello."}]}]},
+        "conversational prompts and completions. Use data=prompt_completion data.columns.prompt=input"
+        " data.columns.completion=output.",
+    ),
     "preferences": (
         {"prompt": "Hi?", "chosen": "Hello.", "rejected": "Go."},
         "preference pairs, of which only the preferred answer can be trained. Use data=prompt_completion"
@@ -56,7 +66,7 @@ pytestmark = pytest.mark.usefixtures("working_directory")
 
 def form_of(row: dict[str, Any]) -> Form:
     form = recognize(row)
-    assert form is not None
+    assert isinstance(form, Form)
     return form
 
 
@@ -105,9 +115,24 @@ def test_a_part_of_a_blend_is_answered_with_its_own_settings() -> None:
 
 
 def test_rows_of_no_usual_form_get_no_advice() -> None:
-    assert recognize({"text": "Once upon a time."}) is None
-    message = load_error(jsonl(Path("rows.jsonl"), [{"text": "x"}]))
-    assert message.endswith("no row of rows.jsonl has that column. Existing columns: text.")
+    assert recognize({"poem": "Once upon a time."}) is None
+    message = load_error(jsonl(Path("rows.jsonl"), [{"poem": "x"}]))
+    assert message.endswith("no row of rows.jsonl has that column. Existing columns: poem.")
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"text": "<s>Hi?</s> Hello."}, "texts without turns. Only conversations are trained. Give each conversation"),
+        (
+            {"input": CHAT[:1], "output": [{"type": "reasoning", "summary": []}, CHAT[1]]},
+            "rows of OpenAI's Responses API. Join their input and output. Give each conversation as a list 'messages'",
+        ),
+        ({"input": "Hi?", "output": [CHAT[1]]}, "rows of OpenAI's Responses API. Join their input and output."),
+    ],
+)
+def test_rows_that_no_settings_read_are_named_with_the_remedy(row: dict[str, Any], advice: str) -> None:
+    assert f"These look like {advice}" in load_error(jsonl(Path("rows.jsonl"), [row] * 3))
 
 
 @pytest.mark.parametrize("name", ["alpaca", "sharegpt", "chat", "pairs"])

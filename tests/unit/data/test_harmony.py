@@ -406,7 +406,7 @@ REFUSED_MESSAGES = {
     "call is text": (calling(["add"]), "messages[1].tool_calls[0] has no function name"),
     "arguments are not JSON": (
         calling([{"name": "add", "arguments": "{a: 1}"}]),
-        "messages[1].tool_calls[0].arguments is not valid JSON",
+        "messages[1].tool_calls[0].arguments: not valid JSON",
     ),
 }
 
@@ -483,7 +483,7 @@ def test_tool_arguments_of_a_type_that_json_lacks_are_refused() -> None:
 @pytest.mark.parametrize(
     ("tools", "reason"),
     [
-        ("{", "'tools' is not valid JSON"),
+        ("{", "'tools': not valid JSON"),
         (5, "'tools' is not a list of function schemas"),
         ({"name": "add"}, "'tools' is not a list of function schemas"),
         (["add"], "'tools' is not a list of function schemas"),

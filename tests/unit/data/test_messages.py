@@ -54,6 +54,59 @@ def test_a_part_that_is_not_text_is_refused_with_its_place(kind: Any) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("image_url", "Remove the part or the row"),
+        ("thinking", "Put its text into the message's 'thinking'"),
+        ("tool_use", "Write it as the message's 'tool_calls'"),
+        ("tool_result", "Write it as a message of its own with the role 'tool'"),
+    ],
+)
+def test_a_part_that_is_not_text_is_refused_with_advice(kind: str, advice: str) -> None:
+    assert refusal({**USER, "content": [{"type": kind}]}, ANSWER).endswith(f"). {advice}")
+
+
+REMEDIES: dict[str, tuple[dict[str, Any], str]] = {
+    "a result that is an object": (
+        {"messages": [USER, call(), {**TOOL, "content": {"a": 1}}, ANSWER]},
+        "messages[2].content is dict, not text. Write it as text in JSON",
+    ),
+    "content that is a number": (
+        {"messages": [{**USER, "content": 3}, ANSWER]},
+        "messages[0].content is int, not text. Give a text, which may be empty",
+    ),
+    "arguments that are a list": (
+        {"messages": [USER, call([1])]},
+        "messages[1].tool_calls[0].arguments is a list, not an object. Give an object, or its text in JSON",
+    ),
+    "arguments that are no JSON": ({"messages": [USER, call("a=1")]}, "). Give an object, or its text in JSON"),
+    "a tool without description": (
+        {"messages": [USER, ANSWER], "tools": [{"name": "add"}]},
+        "tools[0] ('add') has no description, which the chat template needs. Add it. It may be an empty text",
+    ),
+    "late instructions": (
+        {"messages": [USER, ANSWER, {"role": "system", "content": "x"}, USER, ANSWER]},
+        "messages[2] is a system message in mid-conversation, which the template would drop. Move its text to the first"
+        " message, or give it the role 'user'",
+    ),
+    "late instructions after the parts of a turn": (
+        {
+            "messages": [
+                *(USER, {**ANSWER, "channel": "analysis"}, {**ANSWER, "channel": "final"}),
+                *({"role": "system", "content": "x"}, USER, ANSWER),
+            ]
+        },
+        "messages[3] is a system message in mid-conversation",
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "reason"), REMEDIES.values(), ids=REMEDIES.keys())
+def test_a_message_that_cannot_be_used_is_refused_with_its_place_and_advice(row: Any, reason: str) -> None:
+    assert reason in refusal(*row.pop("messages"), **row)
+
+
 @pytest.mark.parametrize("part", [{"type": "text"}, {"type": "text", "text": 3}, 3])
 def test_a_part_without_text_is_refused(part: Any) -> None:
     assert refusal({**USER, "content": [part]}, ANSWER).startswith("messages[0].content[0]")
@@ -84,7 +137,10 @@ def test_the_same_reasoning_under_two_keys_is_taken_once_and_another_is_refused(
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
 def test_reasoning_that_is_not_text_is_refused_with_its_key(key: str) -> None:
-    assert refusal(USER, {**ANSWER, key: {"effort": "low"}}) == f"messages[1].{key} is dict, not text"
+    assert (
+        refusal(USER, {**ANSWER, key: {"effort": "low"}})
+        == f"messages[1].{key} is dict, not text. Write it as text in JSON"
+    )
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -192,5 +248,5 @@ def test_a_result_of_a_function_that_was_not_called_is_refused() -> None:
 
 def test_a_tool_that_is_no_function_is_refused() -> None:
     assert refusal(USER, ANSWER, tools=[{"type": "web_search"}]) == (
-        "tools[0] is of type 'web_search', but the model calls only functions"
+        "tools[0] is of type 'web_search', but the model calls only functions. Remove it, or make it a function"
     )

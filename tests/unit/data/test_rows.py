@@ -211,7 +211,11 @@ def test_joined_instructions_are_counted_and_reported(tmp_path: Path, capsys: py
 
 BAD_LINES = {
     "broken JSON": ('{"messages": [', "not valid JSON"),
-    "not UTF-8": (b'{"messages": "\xff"}', "not valid JSON"),
+    "not UTF-8": (b'{"messages": "\xff"}', "not in UTF-8 ('utf-8' codec can't decode byte 0xff"),
+    "Latin-1": (
+        '{"messages": "é"}'.encode("latin-1"),
+        "If the file is in Latin-1, convert it (iconv -f LATIN1 -t UTF-8 ",
+    ),
     "not an object": ("[1]", "is a list, not an object with 'messages'"),
     "no messages": ('{"text": "hi"}', "has no 'messages' (it has: text)"),
     "unknown role": (
@@ -250,7 +254,7 @@ def test_a_bad_row_in_a_folder_is_named_with_its_own_file(tmp_path: Path) -> Non
 
 def test_several_bad_rows_are_reported_together(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join([GOOD, "{", GOOD, "{}", *(line for line, _ in list(BAD_LINES.values())[4:])]))
+    path.write_text("\n".join([GOOD, "{", GOOD, "{}", *(line for line, _ in list(BAD_LINES.values())[5:])]))
     message = load_error(path)
     assert message.startswith("4 problems:\n")
     assert [line.partition(": row ")[2][0] for line in message.splitlines()[1:]] == ["2", "4", "5", "6"]

@@ -172,6 +172,29 @@ def test_a_column_system_that_is_no_text_is_an_error(tmp_path: Path) -> None:
     assert "set data.columns.system=null" in load_error(path)
 
 
+IMAGE = {"role": "assistant", "content": [{"type": "image"}]}
+LATE = {"role": "system", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("row", "place"),
+    [
+        ({"system": "Be brief.", "messages": [USER, IMAGE]}, "messages[1].content[0] is of type"),
+        ({"system": "Be brief.", "messages": [USER, ANSWER, LATE, ANSWER]}, "messages[2] is a system message in mid-"),
+        ({"system": "<|end|>", "messages": [USER, ANSWER]}, "system.content contains"),
+        ({"system": "Be brief.", "prompt": [USER, IMAGE], "completion": "x"}, "prompt[1].content[0] is of type"),
+        ({"system": "Be brief.", "prompt": [USER], "completion": [IMAGE]}, "completion[0].content[0] is of type"),
+        ({"prompt": [USER], "completion": [{"content": "x"}]}, "completion[0] has no 'role'"),
+        ({"system": "Be brief.", "prompt": "<|end|>", "completion": "x"}, "prompt.content contains"),
+        ({"prompt": "x", "completion": "<|end|>"}, "completion.content contains"),
+    ],
+)
+def test_a_bad_message_is_named_by_its_place_in_the_row(row: dict[str, Any], place: str, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [row])
+    columns = ColumnsConfig() if "messages" in row else PROMPT_COMPLETION
+    assert f"row 1: {place}" in load_error(path, columns=columns)
+
+
 def test_the_older_column_functions_offers_tools(tmp_path: Path) -> None:
     add = {"name": "add", "description": "Adds."}
     path = jsonl(tmp_path / "a.jsonl", numbered(2, functions=[add]))

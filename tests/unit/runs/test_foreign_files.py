@@ -90,7 +90,21 @@ def test_an_object_with_a_key_twice_is_a_user_error_with_the_key(text: str, tmp_
     assert marked == json.loads(text) and find_repeated(marked) == "c" and find_repeated(json.loads(text)) is None
 
 
-@pytest.mark.parametrize("text", [b"\xff\xfe", b"", b"{", b"9" * 5000])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{}".encode("utf-8-sig"), "begins with a byte order mark. Save the file in UTF-8 without this mark"),
+        ("{}".encode("utf-16"), "not in UTF-8"),
+        ('{"a": "é"}'.encode("latin-1"), "not in UTF-8"),
+    ],
+)
+def test_a_file_that_other_programs_do_not_read_is_a_user_error(text: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(UserError, match=f"x.json: {reason}"):
+        read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"9" * 5000])
 def test_what_is_no_json_is_a_user_error(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(text)
     with pytest.raises(UserError, match="not valid JSON"):
