@@ -7,7 +7,7 @@ from typing import TypedDict
 
 from pipeline.config import RenderingForm
 from pipeline.data.control_text import find_control_text
-from pipeline.data.conversations import Conversation, Message, ToolCall, is_trained
+from pipeline.data.conversations import Conversation, Message, ToolCall, is_final, is_trained
 from pipeline.data.harmony import Rendering
 from pipeline.data.languages import Languages
 from pipeline.data.prompts import prompt
@@ -38,6 +38,30 @@ class ToolFigures(TypedDict):
     calls: int
     results: int
     by_name: dict[str, int]
+
+
+class UnofferedFigures(TypedDict):
+    """Calls of functions that their row does not offer, in how many rows, and the number of calls of each function."""
+
+    calls: int
+    rows: int
+    by_name: dict[str, int]
+    first: list[str]
+
+
+class EmptyAnswerFigures(TypedDict):
+    """How many trained answers have no text, and in how many rows. A tool call is not an answer."""
+
+    turns: int
+    rows: int
+    first: list[str]
+
+
+class UnansweredFigures(TypedDict):
+    """How many rows end with a message of the user or of a tool. Nothing answers it, so it is not used."""
+
+    rows: int
+    first: list[str]
 
 
 class ControlTextFigures(TypedDict):
@@ -100,6 +124,40 @@ def tools(rows: list[Row]) -> ToolFigures:
         "results": sum(turn["role"] == "tool" for row in rows for turn in row.conversation.messages),
         "by_name": dict(called.most_common()),
     }
+
+
+def unoffered(rows: list[Row]) -> UnofferedFigures:
+    """Count the calls of functions that `tools` of the row does not offer."""
+    called: Counter[str] = Counter()
+    matching = []
+    for row in rows:
+        offered = {tool["function"]["name"] for tool in row.conversation.tools or []}
+        names = [call["function"]["name"] for turn in row.conversation.messages for call in _calls(turn)]
+        others = [name for name in names if name not in offered]
+        called.update(others)
+        if others:
+            matching.append(row)
+    return {
+        "calls": called.total(),
+        "rows": len(matching),
+        "by_name": dict(called.most_common()),
+        "first": first(matching),
+    }
+
+
+def empty_answers(rows: list[Row]) -> EmptyAnswerFigures:
+    """Count the trained answers without text."""
+    counts = [
+        sum(is_final(turn) and not turn["content"].strip() for turn in _trained_turns(row.conversation)) for row in rows
+    ]
+    matching = [row for row, count in zip(rows, counts, strict=True) if count]
+    return {"turns": sum(counts), "rows": len(matching), "first": first(matching)}
+
+
+def unanswered(rows: list[Row]) -> UnansweredFigures:
+    """Find the rows whose last message is not an assistant message."""
+    matching = [row for row in rows if row.conversation.messages[-1]["role"] != "assistant"]
+    return {"rows": len(matching), "first": first(matching)}
 
 
 def control_text(rows: list[Row]) -> ControlTextFigures:

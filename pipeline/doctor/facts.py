@@ -6,7 +6,16 @@ from typing import NotRequired, TypedDict, cast
 
 from pipeline.checkpoints.gpt_oss import GptOssJson
 from pipeline.checkpoints.largest_codes import CodeFigures
-from pipeline.doctor.content import ControlTextFigures, CopyFigures, ReasoningFigures, ToolFigures, UntrainedFigures
+from pipeline.doctor.content import (
+    ControlTextFigures,
+    CopyFigures,
+    EmptyAnswerFigures,
+    ReasoningFigures,
+    ToolFigures,
+    UnansweredFigures,
+    UnofferedFigures,
+    UntrainedFigures,
+)
 from pipeline.doctor.leaks import LeakFigures
 from pipeline.doctor.needs import NeedFigures
 from pipeline.doctor.parity import ParityFigures
@@ -53,6 +62,9 @@ class DataFigures(TypedDict):
     reasoning: ReasoningFigures
     reasoning_effort: dict[str, int]
     tools: ToolFigures
+    unoffered: UnofferedFigures
+    empty_answers: EmptyAnswerFigures
+    unanswered: UnansweredFigures
     control_text: ControlTextFigures
     copies: CopyFigures
     leaks: LeakFigures

@@ -52,6 +52,39 @@ def _control_text(facts: Facts) -> list[str]:
     return [control_text.describe(found["rows"], found["rows_by_token"], found["first"])]
 
 
+def _empty_answers(facts: Facts) -> list[str]:
+    found = facts.data["empty_answers"]
+    if not found["turns"]:
+        return []
+    return [
+        f"trained answers without text: {found['turns']} in {found['rows']} rows"
+        f" ({_and_more(found['first'], found['rows'])}). They teach the model to end its turn without an answer. Remove"
+        " these turns from data.path, or give them the weight 0."
+    ]
+
+
+def _unoffered(facts: Facts) -> list[str]:
+    found = facts.data["unoffered"]
+    if not found["calls"]:
+        return []
+    names = ", ".join(f"{name} ({count})" for name, count in list(found["by_name"].items())[:5])
+    return [
+        f"calls of functions that their row does not offer: {found['calls']} in {found['rows']} rows"
+        f" ({_and_more(found['first'], found['rows'])}). Calls by function: {names}. They teach the model to call"
+        " functions that it was not offered. Add the functions to the row's tools."
+    ]
+
+
+def _unanswered(facts: Facts) -> list[str]:
+    found = facts.data["unanswered"]
+    if not found["rows"]:
+        return []
+    return [
+        f"rows whose last message has no answer: {found['rows']} ({_and_more(found['first'], found['rows'])}). This"
+        " message is not used. Add its answer, or remove the message."
+    ]
+
+
 def _nothing_to_learn(facts: Facts) -> list[str]:
     found = facts.data["nothing_to_learn"]
     if not found["examples"]:
@@ -159,9 +192,12 @@ _CHECKS: tuple[Callable[[Facts], list[str]], ...] = (
     _other_tokens,
     _leaks,
     _control_text,
+    _empty_answers,
+    _unoffered,
     _nothing_to_learn,
     _truncation,
     _no_reasoning,
+    _unanswered,
     _copies,
     _few_to_validate,
     _other_rendering,

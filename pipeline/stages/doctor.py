@@ -100,6 +100,7 @@ def _parents(config: PipelineConfig, model: Path, rows: Rows, *, has_weights: bo
         "tokenizer": _fingerprint(model),
         "processes": str(process_count()),
         "device": "GPU" if gpus.visible() or _planned(config) else "CPU",
+        "figures": ", ".join(DataFigures.__annotations__),  # earlier reports may lack some of them
         "unused": xxhash.xxh3_128_hexdigest(repr(rows.unused).encode()),
         **({"weights": source.sampled_fingerprint(model)} if has_weights else {}),
     }
@@ -152,6 +153,9 @@ def _data_figures(config: PipelineConfig, rows: Rows, how: Rendering, tell: Lang
         "reasoning": content.reasoning(every, how),
         "reasoning_effort": content.efforts(every, how.reasoning_effort),
         "tools": content.tools(every),
+        "unoffered": content.unoffered(every),
+        "empty_answers": content.empty_answers(every),
+        "unanswered": content.unanswered(every),
         "control_text": content.control_text(every),
         "copies": content.copies(every),
         "leaks": leaks.figures(train, validation),

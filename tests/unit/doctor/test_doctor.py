@@ -27,6 +27,7 @@ from pipeline.data.conversations import Conversation
 from pipeline.data.harmony import Rendering
 from pipeline.data.languages import Languages
 from pipeline.data.parsing import parse_conversation
+from pipeline.data.template_text import Template, TemplateCostError
 from pipeline.doctor import content, display, findings, leaks, renderings, rows
 from pipeline.doctor.facts import Facts
 from pipeline.doctor.plan import Plan
@@ -167,9 +168,52 @@ def test_the_template_of_a_fine_tune_is_compared_as_well(how: Rendering) -> None
     assert renderings.figures([row(QUESTION, ANSWER)], replace(how, tokenizer=other))["differ"] == 1
 
 
+@pytest.mark.parametrize("form", ["harmony", "template"])
+def test_a_template_that_takes_too_long_ends_the_comparison_with_advice_that_helps(
+    form: str, how: Rendering, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise TemplateCostError("a: row 1: the chat template takes longer.", "Use data.rendering=harmony.")
+
+    monkeypatch.setattr(Template, "write_script", refuse)
+    assert renderings.figures([row(QUESTION, ANSWER)], replace(how, form=form))["compared"] == 0
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "only 0 rows are compared in both renderings. a: row 1: the chat template takes longer." in printed
+    assert ("Use data.rendering=harmony" in printed) == (form == "template")
+
+
 def test_tools_are_counted_as_offered_called_and_answered() -> None:
     found = content.tools([row(*TOOL_USE, tools=[ADD]), row(QUESTION, ANSWER, tools=[ADD]), row(QUESTION, ANSWER)])
     assert found == {"rows_that_offer": 2, "rows_that_call": 1, "calls": 1, "results": 1, "by_name": {"add": 1}}
+
+
+def test_calls_of_functions_that_are_not_offered_are_counted_by_name() -> None:
+    sub = {"function": {"name": "sub", "arguments": {}}}
+    called = [QUESTION, {"role": "assistant", "tool_calls": [sub]}, {"role": "tool", "content": "5"}, ANSWER]
+    examined = [row(*TOOL_USE, tools=[ADD]), row(*called, tools=[ADD], where="b"), row(*TOOL_USE, where="c")]
+    assert content.unoffered(examined) == {
+        "calls": 2,
+        "rows": 2,
+        "by_name": {"sub": 1, "add": 1},
+        "first": ["b", "c"],
+    }
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+@pytest.mark.parametrize("thinking", ["", "I stop."])
+def test_trained_answers_without_text_are_counted(text: str, thinking: str) -> None:
+    empty = {"role": "assistant", "content": text, "thinking": thinking}
+    examined = [
+        *(row(*TOOL_USE, tools=[ADD]), row(QUESTION, empty, QUESTION, empty, QUESTION, ANSWER, where="b")),
+        row(QUESTION, {**empty, "weight": 0}, QUESTION, ANSWER),
+    ]
+    assert content.empty_answers(examined) == {"turns": 2, "rows": 1, "first": ["b"]}
+
+
+def test_rows_that_end_with_a_message_without_answer_are_counted() -> None:
+    ends = [[QUESTION, ANSWER], [QUESTION, ANSWER, QUESTION], TOOL_USE[:3], TOOL_USE[:2]]
+    examined = [row(*messages, where=str(i)) for i, messages in enumerate(ends)]
+    assert content.unanswered(examined) == {"rows": 2, "first": ["1", "2"]}
 
 
 def test_the_effort_of_a_row_overrides_the_default() -> None:
@@ -259,6 +303,9 @@ HEALTHY: dict[str, Any] = {
     "reasoning": {"turns": 400, "turns_without": 0, "rows_without": 0, "first": []},
     "reasoning_effort": {"low": 0, "medium": 400, "high": 0},
     "tools": {"rows_that_offer": 0, "rows_that_call": 0, "calls": 0, "results": 0, "by_name": {}},
+    "unoffered": {"calls": 0, "rows": 0, "by_name": {}, "first": []},
+    "empty_answers": {"turns": 0, "rows": 0, "first": []},
+    "unanswered": {"rows": 0, "first": []},
     "control_text": {"rows": 0, "rows_by_token": {}, "first": []},
     "copies": {"rows": 0, "first": [], "same_prompt_other_answer": 0},
     "leaks": {"exact": 0, "normalized": 0, "share": 0.0, "first": []},
@@ -461,6 +508,26 @@ def test_the_memory_is_shown_with_the_tokens_that_it_is_for(
     made = Facts.of(report, ROOMY, plan(TrainConfig(packing=packing, batch_size=2), Sharding.none), MODEL, run)
     display.report(made, [], [])
     assert capsys.readouterr().out.count(f" at {tokens} tokens, estimated") == 2
+
+
+@pytest.mark.parametrize(
+    ("section", "figures", "text"),
+    [
+        (
+            "unoffered",
+            {"calls": 3, "rows": 2, "by_name": {"sub": 3}},
+            "calls of functions that their row does not offer: 3 in 2 rows (rows.jsonl: row 7, …). Calls by",
+        ),
+        ("empty_answers", {"turns": 3, "rows": 2}, "trained answers without text: 3 in 2 rows (rows.jsonl: row 7, …)."),
+        ("unanswered", {"rows": 2}, "rows whose last message has no answer: 2 (rows.jsonl: row 7, …). This message is"),
+    ],
+)
+def test_rows_that_teach_nothing_good_are_a_finding_with_their_count_and_places(
+    section: str, figures: dict[str, Any], text: str, found: Found
+) -> None:
+    changes = {**figures, "first": ["rows.jsonl: row 7"]}
+    (message,) = found(**{f"data__{section}__{key}": value for key, value in changes.items()})
+    assert message.startswith(text)
 
 
 def test_unused_columns_are_findings(found: Found) -> None:
