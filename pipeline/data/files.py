@@ -362,7 +362,7 @@ def _rows_of(batch: "pyarrow.RecordBatch") -> Iterator[object]:
 
 
 def _too_large(size: int) -> Unreadable:
-    return Unreadable(f"has {size:,} bytes. A row has at most {MOST_ROW_BYTES:,}")
+    return Unreadable(f"has {size:,} bytes. A row has at most {MOST_ROW_BYTES:,}. Shorten it, or remove it")
 
 
 _READERS: dict[str, Callable[[Path], PlacedRows]] = {

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from jinja2 import TemplateSyntaxError
+
 from pipeline.checkpoints.gpt_oss import STOP_TOKENS
 from pipeline.data.conversations import Conversation, ConversationError, Message, is_trained
 from pipeline.data.scripts import Script, Turn
@@ -40,8 +42,11 @@ class _Request(NamedTuple):
     date: str
 
 
-class TemplateCostError(UserError):
-    """The template takes too long, or too much memory. `reason` is the message without its advice."""
+class TemplateError(UserError):
+    """The template has a syntax error, or takes too long or too much memory. So it can write no row.
+
+    `reason` is the message without its advice.
+    """
 
     def __init__(self, reason: str, advice: str) -> None:
         """Create the error from its two sentences."""
@@ -88,6 +93,7 @@ class Template:
 
         Raises:
             ConversationError: the template refuses the messages, or cannot write them.
+            TemplateError: the template has a syntax error, or takes too long or too much memory.
         """
         (text,) = self._render(conversation, [_Part(messages, True)])
         return text
@@ -109,8 +115,10 @@ class Template:
             raise _too_expensive(conversation, f"takes longer than {MOST_SECONDS:g} seconds") from error
         except MemoryError as error:
             raise _too_expensive(conversation, f"needs more than {MOST_MEMORY >> 30} GiB of memory") from error
-        except (CodeError, UnicodeEncodeError) as error:
-            raise ConversationError(f"the chat template refuses it: {str(error).rstrip(".")}. {_ADVICE}") from error
+        except CodeError as error:
+            raise _refusal(error) from error
+        except UnicodeEncodeError as error:
+            raise ConversationError(f"the chat template refuses it: {error}. {_ADVICE}") from error
         return texts
 
 
@@ -141,25 +149,40 @@ class _Renderer:
         return self._function
 
 
+class _WrongSyntaxError(Exception):
+    """The template is not written in Jinja. The message names the line."""
+
+
 def _render_parts(tokenizer: "Tokenizer", request: _Request) -> list[str]:
     # The template calls `strftime_now` to get today's date. The argument replaces that function.
-    return [
-        tokenizer.apply_chat_template(
-            part.messages,
-            add_generation_prompt=part.for_generation,
-            strftime_now=lambda _: request.date,
-            **request.options,
-        )
-        for part in request.parts
-    ]
+    try:
+        return [
+            tokenizer.apply_chat_template(
+                part.messages,
+                add_generation_prompt=part.for_generation,
+                strftime_now=lambda _: request.date,
+                **request.options,
+            )
+            for part in request.parts
+        ]
+    except TemplateSyntaxError as error:
+        raise _WrongSyntaxError(f"line {error.lineno} has a syntax error ({error.message})") from error
 
 
 _renderer = _Renderer()
 
 
-def _too_expensive(conversation: Conversation, what: str) -> TemplateCostError:
+def _refusal(error: CodeError) -> UserError | ConversationError:
+    what = str(error).rstrip(".")
+    if error.name == _WrongSyntaxError.__name__:
+        reason = f"chat_template.jinja in model.path: {what}."
+        return TemplateError(reason, "Correct the template, or use data.rendering=harmony.")
+    return ConversationError(f"the chat template refuses it: {what}. {_ADVICE}")
+
+
+def _too_expensive(conversation: Conversation, what: str) -> TemplateError:
     """Make an error that ends the reading of rows: thousands of such rows would take hours."""
-    return TemplateCostError(
+    return TemplateError(
         f"{conversation.where}: the chat template {what} for these {len(conversation.messages)} messages.",
         "Use data.rendering=harmony, another chat template, or shorter conversations.",
     )

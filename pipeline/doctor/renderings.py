@@ -12,7 +12,7 @@ from pipeline.config import RenderingForm
 from pipeline.data import harmony
 from pipeline.data.conversations import INSTRUCTIONS, Conversation, ConversationError
 from pipeline.data.harmony import Rendering
-from pipeline.data.template_text import TemplateCostError
+from pipeline.data.template_text import TemplateError
 from pipeline.doctor.rows import Row, first
 from pipeline.runs.console import progress, warn
 
@@ -45,7 +45,7 @@ def figures(rows: list[Row], how: Rendering) -> RenderingFigures:
         except ConversationError:
             refused += 1
             continue
-        except TemplateCostError as error:
+        except TemplateError as error:
             use = (
                 ""
                 if how.form == RenderingForm.harmony.name

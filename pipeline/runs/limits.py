@@ -32,7 +32,16 @@ class TimeLimitError(Exception):
 
 
 class CodeError(Exception):
-    """The code raised an error, or ended its process. The message is the error's first line."""
+    """The code raised an error, or ended its process.
+
+    Attributes:
+        name: name of the error's class. It is empty if the process ended.
+    """
+
+    def __init__(self, message: str, name: str = "") -> None:
+        """Create the error from the first line of the code's error, and the name of its class."""
+        super().__init__(message)
+        self.name = name
 
 
 class Answer(NamedTuple):
@@ -83,7 +92,7 @@ class LimitedFunction(Generic[Request]):
             raise MemoryError
         texts = json.loads(answer[_HEADER.size :])
         if kind == _ERROR:
-            raise CodeError(texts[0])
+            raise CodeError(*texts)
         return Answer(texts, used)
 
     def close(self) -> None:
@@ -156,7 +165,7 @@ def _answer(function: Callable[[Request], list[str]], request: Request, seconds:
     except MemoryError:
         kind, content = _NO_MEMORY, b""
     except Exception as error:  # noqa: BLE001 - the code is a program that others wrote, so it can raise any error
-        kind, content = _ERROR, json.dumps([_first_line(error)]).encode()
+        kind, content = _ERROR, json.dumps([_first_line(error), type(error).__name__]).encode()
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     return _HEADER.pack(kind, time.process_time() - begin) + content

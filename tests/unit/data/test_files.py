@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pyarrow

@@ -27,7 +27,7 @@ from pipeline.data.conversations import Conversation
 from pipeline.data.harmony import Rendering
 from pipeline.data.languages import Languages
 from pipeline.data.parsing import parse_conversation
-from pipeline.data.template_text import Template, TemplateCostError
+from pipeline.data.template_text import Template, TemplateError
 from pipeline.doctor import content, display, findings, leaks, renderings, rows
 from pipeline.doctor.facts import Facts
 from pipeline.doctor.plan import Plan
@@ -173,13 +173,28 @@ def test_a_template_that_takes_too_long_ends_the_comparison_with_advice_that_hel
     form: str, how: Rendering, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: Any) -> Any:
-        raise TemplateCostError("a: row 1: the chat template takes longer.", "Use data.rendering=harmony.")
+        raise TemplateError("a: row 1: the chat template takes longer.", "Use data.rendering=harmony.")
 
     monkeypatch.setattr(Template, "write_script", refuse)
     assert renderings.figures([row(QUESTION, ANSWER)], replace(how, form=form))["compared"] == 0
     printed = " ".join(capsys.readouterr().err.split())
     assert "only 0 rows are compared in both renderings. a: row 1: the chat template takes longer." in printed
     assert ("Use data.rendering=harmony" in printed) == (form == "template")
+
+
+def test_a_syntax_error_of_the_template_is_one_message_with_its_line(
+    how: Rendering, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = copy.deepcopy(how.tokenizer)
+    other.chat_template = "{# one #}\n{% if %}"
+    conversations = [row(QUESTION, ANSWER, where=f"data.jsonl: row {i}").conversation for i in (1, 2)]
+    reason = "chat_template.jinja in model.path: line 2 has a syntax error (Expected an expression"
+    with pytest.raises(UserError) as caught:
+        rows.examine(conversations, replace(how, tokenizer=other, form="template"), 4096)
+    assert str(caught.value).startswith(reason) and str(caught.value).endswith("or use data.rendering=harmony.")
+    figures = renderings.figures([Row(conversations[0], [])], replace(how, tokenizer=other))
+    assert (figures["compared"], figures["refused"]) == (0, 0)
+    assert reason in " ".join(capsys.readouterr().err.split())
 
 
 def test_tools_are_counted_as_offered_called_and_answered() -> None:
@@ -388,8 +403,8 @@ def test_the_most_serious_finding_comes_first(found: Found) -> None:
 
 def test_too_small_a_gpu_is_reported(found: Found) -> None:
     (message,) = found(machine__gpu_free_bytes=99)
-    sft = "sft needs about 0.0 MB on each GPU, but only 0.0 MB are free."
-    assert message.startswith(f"the run does not fit. {sft} qat needs about 0.0 MB on each GPU")
+    sft = "sft needs about 0.000100 MB on each GPU, but only 0.000099 MB are free."
+    assert message.startswith(f"the run does not fit. {sft} qat needs about 0.000100 MB on each GPU")
 
 
 def test_without_a_gpu_training_must_fit_into_host_memory(found: Found) -> None:
