@@ -1,6 +1,6 @@
 """Decide whether an export can be shipped. Pure functions: this module reads no files.
 
-The rule has three conditions, and `state_rule` states them for readers:
+The rule has four conditions, and `state_rule` states them for readers:
 
 1. No pass rate of the export is significantly worse than the reference's. The test is McNemar's, corrected by Holm's
    method, as in `evidence`. The validation loss is finite, and neither a training stage nor all steps together raised
@@ -11,6 +11,9 @@ The rule has three conditions, and `state_rule` states them for readers:
    difference must not reach below -margin. This is a test of non-inferiority (CPMP/EWP/2158/99). A test without a
    significant result does not show equality, so the first condition alone would ship any export on a few prompts.
    An answer that cannot be judged takes no part in the comparison, so only few such answers are allowed.
+4. The answers can show a loss. Two models that fail every prompt agree on all of them, so each pass rate of the
+   reference must be at least `LEAST_MARGINS` times the margin. The form of an answer does not decide alone, and at most
+   `MOST_TRUNCATED` of the answers of either model may have reached the limit of tokens.
 """
 
 import math
@@ -21,6 +24,11 @@ from enum import Enum
 from pipeline.compare.names import figure_name
 from pipeline.evaluate.statistics import BETTER, WORSE, difference_interval
 from pipeline.training.symptoms import MOST_RISE
+
+LEAST_MARGINS = 2
+"""Lowest pass rate of the reference that can show a loss, in margins. The margin is then at most half of the rate."""
+MOST_TRUNCATED = 0.5
+"""Largest share of a model's answers that may reach the limit of tokens."""
 
 
 class Outcome(Enum):
@@ -43,6 +51,8 @@ class Rate:
         prompts: number of prompts that were decided for both models.
         difference, low, high: difference of the pass rates, and its 95 % interval, as shares.
         verdict: outcome of the corrected test: BETTER, WORSE, or another text.
+        reference: pass rate of the reference, as a share.
+        judges_content: whether the pass rate depends on the content of the answers, and not on their form alone.
     """
 
     figure: str
@@ -51,6 +61,8 @@ class Rate:
     low: float
     high: float
     verdict: str
+    reference: float
+    judges_content: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,7 @@ class Evidence:
         smaller: size of the reference when served, divided by the export's, or None if a size is unknown.
         left_open: pass rates of the reference -> (prompts on which the export's answer could not be judged, prompts on
             which the reference's could). A missing text cannot be judged, for example if the export stops reasoning.
+        truncated: name of a model -> (answers that reached the limit of tokens, all its answers).
         rises: losses that training or rounding raised.
         measured_by: commands that make the missing measurements.
     """
@@ -96,6 +109,7 @@ class Evidence:
     is_verified: bool
     smaller: float | None
     left_open: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    truncated: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     rises: Sequence[Rise] = ()
     is_compared: bool = True
     measured_by: str = "stage=evaluate eval=full"
@@ -124,7 +138,8 @@ def decide(evidence: Evidence, margin: float) -> Decision:
         evidence: the facts about the export.
         margin: the margin of non-inferiority, in points of a pass rate.
     """
-    found = [*_worse(evidence), *_unverified(evidence), *_unmeasured(evidence), *_undecided(evidence, margin)]
+    found = [*_worse(evidence), *_unverified(evidence), *_unmeasured(evidence)]
+    found += [*_undecided(evidence, margin), *_uninformative(evidence, margin)]
     if not found:
         return Decision(Outcome.ship, f"{Outcome.ship.value}: {_praise(evidence, margin)}.")
     outcome = found[0][0]
@@ -136,12 +151,15 @@ def decide(evidence: Evidence, margin: float) -> Decision:
 def state_rule(margin: float) -> str:
     """State the rule for readers of the report. Each condition is a line."""
     return (
-        "An export can be shipped if all three conditions hold:\n\n"
+        "An export can be shipped if all four conditions hold:\n\n"
         "1. No pass rate is significantly worse than the reference's. The validation loss is finite, and neither a"
         f" training stage nor all steps together raised it by more than {100 * MOST_RISE:g} %.\n"
         "2. verify has passed on it.\n"
         "3. For each pass rate, the 95 % interval of the difference excludes a loss of"
-        f" {margin:g} points or more (compare.margin).\n\n"
+        f" {margin:g} points or more (compare.margin).\n"
+        f"4. The answers can show such a loss: the reference passes at least {LEAST_MARGINS * margin:g} % in each pass"
+        " rate, a pass rate other than format health was measured, and at most"
+        f" {100 * MOST_TRUNCATED:g} % of the answers of either model reached the limit of tokens.\n\n"
         f"Condition 3 needs at least {least_prompts(margin)} prompts, and more if the models differ on some. It also"
         f" needs answers that can be judged on all but {margin:g} % of these prompts. The reference is SFT, or the"
         " original without SFT. The tests are paired by prompt."
@@ -207,6 +225,34 @@ def _undecided(evidence: Evidence, margin: float) -> Iterator[tuple[Outcome, str
             Outcome.not_decided,
             f"was measured on too few prompts to tell ({rate.prompts}): {figure_name(rate.figure)} may be up to"
             f" {-100 * rate.low:.1f} points worse than {evidence.reference}, and the margin is {margin:g}",
+        )
+
+
+def _uninformative(evidence: Evidence, margin: float) -> Iterator[tuple[Outcome, str]]:
+    """Yield the reasons why equal answers of the two models do not show that the export is good."""
+    for model, (truncated, answers) in evidence.truncated.items():
+        if truncated > answers * MOST_TRUNCATED:
+            yield (
+                Outcome.not_decided,
+                f"cannot be judged by truncated answers ({truncated} of the {answers} answers of {model} reached the"
+                " limit of tokens: raise evaluate.generation.max_new_tokens)",
+            )
+    low = [
+        f"{figure_name(rate.figure)} ({100 * rate.reference:.1f} %)"
+        for rate in evidence.rates
+        if rate.reference < LEAST_MARGINS * margin / 100
+    ]
+    if low:
+        yield (
+            Outcome.not_decided,
+            f"has too weak a reference: {evidence.reference} itself passes less than {LEAST_MARGINS * margin:g} % of"
+            f" the prompts in {_list(low)}, so equal rates show nothing",
+        )
+    if evidence.rates and not any(rate.judges_content for rate in evidence.rates):
+        yield (
+            Outcome.not_decided,
+            f"was measured in {_list([figure_name(rate.figure) for rate in evidence.rates])} alone, which does not"
+            " judge the content of the answers (give the prompts expected answers, languages or safety)",
         )
 
 

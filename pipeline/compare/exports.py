@@ -11,6 +11,8 @@ from pipeline.compare.runs import EvaluatedRun, StageFacts, distinct_runs, read_
 from pipeline.compare.tiles import Tile, make_tiles
 from pipeline.config import ExportTarget
 from pipeline.config.targets import TARGETS
+from pipeline.evaluate.scorers import FORM_ONLY
+from pipeline.evaluate.scorers.format_health import is_not_truncated
 from pipeline.runs.artifacts import Kind
 from pipeline.runs.records import ExportRecord, TrainingRecord
 from pipeline.training.symptoms import is_risen
@@ -79,6 +81,7 @@ def _judge(export: Export, rows: list[Row], tests: list[Test], margin: float, la
         reference=None if export.reference is None else export.reference.title,
         stands_for=None if _is_own(export) or export.measured is None else export.measured.title,
         left_open=dict(_left_open(test) for test in own),
+        truncated=dict(_truncated(row) for row in (export.reference, export.measured) if row is not None),
         rates=[_rate(test) for test in own if test.comparison is not None],
         loss=None if export.measured is None else export.measured.figures.get(LOSS),
         is_verified=export.proof is not None,
@@ -141,7 +144,22 @@ def _rate(test: Test) -> Rate:
     found = test.comparison
     assert found is not None
     bounds = (found.interval.low, found.interval.high)
-    return Rate(test.figure, found.prompts, found.difference, *bounds, test.verdict)
+    judged = [each.passed for each in test.reference.verdicts[test.figure] if each.sample == 0]
+    passed = [each for each in judged if each is not None]
+    return Rate(
+        test.figure,
+        found.prompts,
+        found.difference,
+        *bounds,
+        test.verdict,
+        reference=sum(passed) / len(passed),
+        judges_content=test.figure not in FORM_ONLY,
+    )
+
+
+def _truncated(row: Row) -> tuple[str, tuple[int, int]]:
+    """Return a model's name, and how many of its answers reached the limit of tokens, of how many."""
+    return row.title, (sum(not is_not_truncated(each) for each in row.answers), len(row.answers))
 
 
 def _find(run: EvaluatedRun, rows: list[Row]) -> Export:

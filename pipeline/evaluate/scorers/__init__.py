@@ -45,3 +45,6 @@ VERDICTS: dict[str, Callable[[Sequence[Transcript]], list[Verdict]]] = {
     "format_health": format_health.verdicts,
 }
 """Name of a pass rate -> function that returns its verdicts, one for each transcript that the rate applies to."""
+
+FORM_ONLY = frozenset({"format_health"})
+"""The pass rates that depend on the form of the answers alone. A model can pass them without one right answer."""

@@ -9,7 +9,7 @@ from pipeline.compare.decision import NO_EXPORT, Evidence, Outcome, Rate, Rise, 
 from pipeline.evaluate.statistics import BETTER, WORSE, difference_interval
 
 SAME = "no significant difference on 400 prompts (at least 3.0 points are needed)"
-EQUAL = Rate("exact_match", 400, 0.0, -0.007, 0.007, SAME)
+EQUAL = Rate("exact_match", 400, 0.0, -0.007, 0.007, SAME, reference=0.9)
 GOOD = Evidence("the MXFP4 export", "SFT", None, [EQUAL], 1.25, is_verified=True, smaller=1.93)
 
 
@@ -27,7 +27,7 @@ def test_a_verified_export_that_is_as_good_as_sft_is_shipped() -> None:
 
 
 def test_a_significantly_worse_pass_rate_stops_an_export_whatever_else_is_missing() -> None:
-    worse = Rate("exact_match", 400, -0.25, -0.29, -0.21, WORSE)
+    worse = Rate("exact_match", 400, -0.25, -0.29, -0.21, WORSE, reference=0.9)
     expected = (
         "Do not ship: the MXFP4 export is worse than SFT, because its exact match is 25.0 points lower (95 % interval"
         " -29.0 to -21.0, 400 prompts)."
@@ -93,7 +93,7 @@ def test_everything_that_is_missing_is_named_at_once() -> None:
 
 
 def test_an_interval_that_reaches_the_margin_leaves_the_question_open() -> None:
-    few = Rate("exact_match", 16, 0.0, -0.154, 0.154, SAME)
+    few = Rate("exact_match", 16, 0.0, -0.154, 0.154, SAME, reference=0.9)
     assert decided(rates=[EQUAL, few]) == (
         Outcome.not_decided,
         "Not decided: the MXFP4 export was measured on too few prompts to tell (16): exact match may be up to 15.4"
@@ -103,7 +103,7 @@ def test_an_interval_that_reaches_the_margin_leaves_the_question_open() -> None:
 
 
 def test_better_rates_equal_rates_and_several_numbers_of_prompts_are_told_apart() -> None:
-    better = Rate("safe_answered", 300, 0.1, 0.06, 0.14, BETTER)
+    better = Rate("safe_answered", 300, 0.1, 0.06, 0.14, BETTER, reference=0.9)
     headline = decided(rates=[EQUAL, better, replace(EQUAL, figure="format_health")])[1]
     assert (
         "is better than SFT in safe answered and as good as SFT within 5 points in exact match and format" in headline
@@ -139,3 +139,45 @@ def test_answers_that_cannot_be_judged_are_not_passed_over(missing: int, outcome
     found, headline = decided(left_open={"reasoning_language": (missing, 400)})
     assert found is outcome
     assert (f"can judge on {missing} of the 400 prompts" in headline) == (outcome is Outcome.not_decided)
+
+
+@pytest.mark.parametrize(("reference", "outcome"), [(0.1, Outcome.ship), (0.099, Outcome.not_decided)])
+def test_a_reference_that_passes_almost_nothing_decides_nothing(reference: float, outcome: Outcome) -> None:
+    health = replace(EQUAL, figure="format_health", judges_content=False)
+    found, headline = decided(rates=[replace(EQUAL, reference=reference), health])
+    assert found is outcome
+    if outcome is Outcome.not_decided:
+        assert headline == (
+            "Not decided: the MXFP4 export has too weak a reference: SFT itself passes less than 10 % of the prompts in"
+            " exact match (9.9 %), so equal rates show nothing."
+        )
+    assert "the reference passes at least 10 % in each pass rate" in state_rule(5.0)
+
+
+def test_a_wide_margin_needs_a_reference_that_can_lose_as_much() -> None:
+    weak = replace(EQUAL, reference=0.3)
+    assert decide(replace(GOOD, rates=[weak]), 15.0).outcome is Outcome.ship
+    assert decide(replace(GOOD, rates=[weak]), 16.0).outcome is Outcome.not_decided
+
+
+def test_the_form_of_the_answers_does_not_decide_alone() -> None:
+    health = replace(EQUAL, figure="format_health", judges_content=False)
+    outcome, headline = decided(rates=[health])
+    assert outcome is Outcome.not_decided
+    assert "was measured in format health alone, which does not judge the content of the answers" in headline
+    assert decided(rates=[health, EQUAL])[0] is Outcome.ship
+    assert "a pass rate other than format health was measured" in state_rule(5.0)
+
+
+@pytest.mark.parametrize(("truncated", "outcome"), [(200, Outcome.ship), (201, Outcome.not_decided)])
+@pytest.mark.parametrize("model", ["SFT", "Exported"])
+def test_mostly_truncated_answers_decide_nothing(model: str, truncated: int, outcome: Outcome) -> None:
+    found, headline = decided(truncated={"SFT": (0, 400), model: (truncated, 400)})
+    assert found is outcome
+    reason = f"{truncated} of the 400 answers of {model} reached the limit of tokens"
+    assert (reason in headline) == (outcome is Outcome.not_decided)
+
+
+def test_a_worse_export_is_stopped_even_if_its_reference_is_weak() -> None:
+    worse = Rate("exact_match", 400, -0.08, -0.11, -0.05, WORSE, reference=0.08)
+    assert decided(rates=[worse], truncated={"SFT": (400, 400)})[0] is Outcome.do_not_ship

@@ -65,6 +65,37 @@ def test_a_worse_export_is_not_shipped(tmp_path: Path) -> None:
     assert decision.outcome is Outcome.do_not_ship and "its exact match is 25.0 points lower" in decision.headline
 
 
+def rewrite_answers(run_dir: Path, **facts: object) -> None:
+    """Change fields of all answers of all models."""
+    for path in (run_dir / "evaluate").glob("*/generations.jsonl"):
+        lines = [{**json.loads(line), **facts} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_models_that_answer_nothing_right_are_not_decided(tmp_path: Path) -> None:
+    run_dir = run_with_export(tmp_path / "run")
+    rewrite_answers(run_dir, answer="8")
+    decision = verdict(run_dir).decision
+    assert decision.outcome is Outcome.not_decided
+    assert "SFT itself passes less than 10 % of the prompts in exact match (0.0 %)" in decision.headline
+
+
+def test_answers_without_expected_values_are_not_decided(tmp_path: Path) -> None:
+    run_dir = run_with_export(tmp_path / "run")
+    rewrite_answers(run_dir, expected={})
+    decision = verdict(run_dir).decision
+    assert decision.outcome is Outcome.not_decided and "in format health alone" in decision.headline
+
+
+def test_answers_that_reached_the_limit_of_tokens_are_not_decided(tmp_path: Path) -> None:
+    run_dir = run_with_export(tmp_path / "run")
+    rewrite_answers(run_dir, finish="length")
+    decision = verdict(run_dir).decision
+    assert decision.outcome is Outcome.not_decided
+    assert "400 of the 400 answers of SFT reached the limit of tokens" in decision.headline
+    assert "400 of the 400 answers of Exported reached the limit of tokens" in decision.headline
+
+
 def test_a_proof_of_other_files_does_not_count(tmp_path: Path) -> None:
     run_dir = run_with_export(tmp_path / "run")
     evaluated.record_verify(run_dir, checkpoint="earlier")
