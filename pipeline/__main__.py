@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -184,11 +185,19 @@ def _report_other(error: Exception) -> int:
     """Report that another process has ended, or else a bug: with its traceback."""
     if has_lost_another_process(error):
         return _report(MachineError("the connection to another process was lost. Its own message says why."), 1)
-    print(secrets.without_secrets(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+    with suppress(Stopped, KeyboardInterrupt):  # as in `_report`
+        print(secrets.without_secrets(traceback.format_exc()), end="", file=sys.stderr, flush=True)
     return 1
 
 
 def _report(error: Exception, status: int) -> int:
+    # This process ends anyway, so a signal only ends the report. No handler would catch the exception that it raises.
+    with suppress(Stopped, KeyboardInterrupt):
+        _print_error(error)
+    return status
+
+
+def _print_error(error: Exception) -> None:
     own = isinstance(error, (UserError, CheckFailed, MachineError))
     message = secrets.without_secrets(str(error) if own else composition.short_message(error))
     if is_main_process():
@@ -199,7 +208,6 @@ def _report(error: Exception, status: int) -> int:
         # If this process is still running after that time, only this process has failed.
         time.sleep(_SECONDS_FOR_THE_MAIN_PROCESS)
         print(f"error on process {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
-    return status
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Exit statuses, and the messages that come with them."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from config.composing import replace_stages
 from pipeline import __main__ as program
 from pipeline.errors import CheckFailed, UserError
 from pipeline.runs import present
+from pipeline.runs.stopping import Stopped
 
 
 def raising(error: BaseException) -> Callable[..., None]:
@@ -61,6 +63,31 @@ def test_another_process_waits_for_the_report_of_the_main_process_and_then_repor
     assert run_program(*ARGUMENTS) == 2
     assert waited and min(waited) >= 5
     assert capsys.readouterr().err == "error on process 1: this is wrong.\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserError("this is wrong."), 2),
+        (RuntimeError("Connection closed by peer"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+@pytest.mark.parametrize("received", [Stopped(signal.SIGTERM), KeyboardInterrupt()], ids=repr)
+def test_another_process_that_is_stopped_while_it_waits_leaves_without_a_word(
+    error: BaseException,
+    status: int,
+    received: BaseException,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The launcher stops all other processes as soon as the main process has reported its error and ended."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(present, "begin", raising(error))
+    monkeypatch.setattr(program.time, "sleep", raising(received))
+    assert program.status([*ARGUMENTS]) == status
+    assert "".join(capsys.readouterr()) == ""
 
 
 @pytest.mark.parametrize(("processes", "is_named"), [("2", True), ("1", False)])
