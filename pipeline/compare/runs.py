@@ -1,6 +1,5 @@
 """Find evaluated runs, read their stages, and check that their figures are comparable."""
 
-import glob
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,16 +13,15 @@ from pipeline.compare.names import distinct_endings
 from pipeline.config import PipelineConfig, Stage
 from pipeline.config.controls import is_control
 from pipeline.errors import user_errors
-from pipeline.runs import artifacts, exports, own_settings
+from pipeline.runs import artifacts, compared, exports
 from pipeline.runs.artifacts import (
     ARTIFACT_FILE,
     CONFIG_FILE,
     EVALUATED_STAGES,
     MODEL_STAGES,
-    UNFINISHED_FILE,
     Artifact,
 )
-from pipeline.runs.commands import advise, run_command
+from pipeline.runs.compared import evaluate_command
 from pipeline.runs.exports import Export
 from pipeline.runs.paths import absolute
 from pipeline.runs.run import Run
@@ -176,68 +174,32 @@ def find(patterns: list[str]) -> list[EvaluatedRun]:
             second check can fail: models were rebuilt after their evaluation, or the runs are not comparable. Each
             error lists all problems that its check found.
     """
-    problems: list[str] = []
-    named: dict[Path, str] = {}
-    for pattern in patterns:
-        directories = _directories(pattern)
-        if not directories:
-            problems.append(
-                f"compare.runs: {pattern!r}: no directory matches. Give run directories, or patterns like runs/*."
-            )
-        for directory in directories:
-            if directory in named:
-                by = f"by {named[directory]!r} and by {pattern!r}" if named[directory] != pattern else f"as {pattern!r}"
-                problems.append(f"compare.runs: {directory} is named twice: {by}. Leave one out.")
-            elif (problem := _directory_problem(directory)) is not None:
-                problems.append(f"compare.runs: {problem}")
-            named.setdefault(directory, pattern)
+    directories, problems = compared.find_directories(patterns)
     if problems:
         raise user_errors(problems)
-    labels = distinct_endings(list(named))
-    found = [EvaluatedRun(labels[directory], directory, artifacts.load(directory / _EVALUATE)) for directory in named]
+    labels = distinct_endings(directories)
+    found = [
+        EvaluatedRun(labels[directory], directory, artifacts.load(directory / _EVALUATE)) for directory in directories
+    ]
     problems = [problem for run in found for problem in _stale_problems(run)] + _mixture_problems(found)
     if problems:
         raise user_errors(problems)
     return found
 
 
-def _directories(pattern: str) -> list[Path]:
-    path = absolute(pattern)
-    matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path)))]
-    return [match.parent if match.name == _EVALUATE else match for match in map(Path.resolve, matches)]
-
-
-def _directory_problem(directory: Path) -> str | None:
-    """Return the reason why a directory is not an evaluated run, with advice; None for an evaluated run."""
-    evaluate = directory / _EVALUATE
-    if (evaluate / ARTIFACT_FILE).is_file():
-        return None
-    if (evaluate / UNFINISHED_FILE).is_file():
-        return f"{evaluate}: the evaluation is unfinished. Run it again: {_command(directory)}"
-    if directory.is_dir() and any((directory / stage.name / ARTIFACT_FILE).is_file() for stage in Stage):
-        return f"{directory}: the run was not evaluated. {advise(_command(directory))}"
-    return f"{directory}: not the directory of a run, because no stage in it is complete. Give a run_dir."
-
-
 def _stale_problems(run: EvaluatedRun) -> list[str]:
     """Return a message for each model whose figures are stale, because it was rebuilt after its evaluation."""
     return [
-        f"{directory}: was rebuilt after it was evaluated. Run {_command(run.directory)}"
+        f"{directory}: was rebuilt after it was evaluated. Run {evaluate_command(run.directory)}"
         for model, fingerprint in run.evaluated.parents.items()
         if (model in Stage.__members__ or exports.is_export(model) or is_control(model))
         and (directory := run.stage_dir(model)) is not None
         and artifacts.load(directory, check_files=False).fingerprint != fingerprint
     ] + [
-        f"{message}. Or leave it out of the report: {_command(run.directory)}"
+        f"{message}. Or leave it out of the report: {evaluate_command(run.directory)}"
         for model, message in run.stale_exports.items()
         if model in run.evaluated.parents
     ]
-
-
-def _command(directory: Path) -> str:
-    """Return the command that evaluates a run. It is complete if the run has recorded its settings."""
-    command = run_command(Stage.evaluate, str(directory))
-    return command if own_settings.read(directory) is not None else f"{command}, with the run's recipe"
 
 
 # --- properties that comparable runs share ----------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Find mistakes before the first stage of a command. A later stage would refuse them after hours of training.
 
-Every check calls the function that the later stage calls. Stages that are complete are not checked.
+Every check calls the function that the later stage calls. Training stages that are complete are not checked.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from pipeline.config import (
     leaves_nothing_to_round,
     rebuilds,
 )
+from pipeline.config.controls import controls_of, reason_for_none
 from pipeline.config.engines import loading_problems
 from pipeline.config.hub_ids import is_hub_id
 from pipeline.config.training import layers_problem
@@ -30,8 +31,9 @@ from pipeline.doctor.facts import Facts
 from pipeline.doctor.plan import Plan
 from pipeline.errors import Attempts, UserError
 from pipeline.models import continuing, foreign_sft, references, sharding, source
-from pipeline.runs import hub_login, tracking
+from pipeline.runs import compared, controls, hub_login, tracking
 from pipeline.runs.artifacts import EVALUATED_STAGES, MODEL_STAGES, load
+from pipeline.runs.console import note
 from pipeline.runs.processes import is_main_process, process_count
 from pipeline.runs.records import DoctorRecord
 from pipeline.runs.run import Run
@@ -39,37 +41,45 @@ from pipeline.runs.run import Run
 _TRAINING = {
     Stage.sft: (Stage.sft,),
     Stage.qat: (Stage.qat,),
-    Stage.controls: (Stage.sft,),
+    Stage.controls: (Stage.sft, Stage.qat),
     Stage.all: (Stage.sft, Stage.qat),
 }
 """Stage of the command -> the training stages that it may run."""
 _BEFORE = {Stage.sft: Stage.upcast, Stage.qat: Stage.quantize, Stage.controls: Stage.sft}
 """Stage of the command -> the stage that it needs."""
 _ALL = "all"  # value of evaluate.source
+_TASKS = "evaluate.lm_eval"
 
 
 def problems(config: PipelineConfig, is_launched_well: bool = True) -> list[str]:
     """Return a message for each mistake in the settings of a stage that this command will run. Empty if there is none.
 
-    Commands that train nothing are not checked, because their own stage checks its settings at once. If the machine or
-    the launcher does not fit, nothing is written to the run's directory, so the model and the data are not checked.
+    A stage that trains nothing is not checked, because it checks its settings at once. stage=all is always checked: its
+    last stages follow after long ones. If the machine or the launcher does not fit, nothing is written to the run's
+    directory, so the model and the data are not checked.
     """
     trained = _trained(config)
-    if not trained:
+    if not trained and config.stage is not Stage.all:
         return []
     here, found = Run(config), Attempts()
     found.attempt(lambda: sharding.raise_if_impossible(config.sharding))
     is_launched_well = is_launched_well and not found.problems
-    found.attempt(lambda: tracking.raise_if_impossible(config.tracking.backend))
-    _check_training(found, here, trained)
-    if is_launched_well:
+    if trained:
+        found.attempt(lambda: tracking.raise_if_impossible(config.tracking.backend))
+        _check_training(found, here, trained)
+    if trained and is_launched_well:
         _check_model(found, here, trained)
-        _check_data(found, here)
-    if config.stage is Stage.all:
-        login = hub_login.problems(config.export) if is_main_process() else []  # only the main process uploads
-        later = [*_source_problems(here), *_verify_problems(config.verify, config.export.layout.name), *login]
-        return [*found.problems, *later]
-    return found.problems
+    if is_launched_well:
+        _check_data(found, here, is_trained=bool(trained))
+    return [*found.problems, *(_later_problems(here) if config.stage is Stage.all else [])]
+
+
+def _later_problems(here: Run) -> list[str]:
+    """Return the mistakes in the settings of the stages after training, as far as they need neither model nor data."""
+    config = here.config
+    login = hub_login.problems(config.export) if is_main_process() else []  # only the main process uploads
+    _, runs = compared.find_directories(config.compare.runs, here.directory)
+    return [*_source_problems(here), *_verify_problems(config.verify, config.export.layout.name), *runs, *login]
 
 
 def _trained(config: PipelineConfig) -> dict[str, TrainConfig]:
@@ -88,7 +98,18 @@ def _trained(config: PipelineConfig) -> dict[str, TrainConfig]:
         if stage not in skipped
         and (rebuilds(config.overwrite, stage) or config.stage is Stage.controls or not here.is_complete(stage))
     ]
+    if config.stage is Stage.all and config.controls and _makes_controls(here):
+        todo = [stage for stage in _TRAINING[Stage.controls] if stage not in skipped]
     return {stage.name: getattr(config, stage.name) for stage in todo}
+
+
+def _makes_controls(here: Run) -> bool:
+    """Return whether a control is missing. The controls train with the settings of `sft` and of `qat`."""
+    if reason_for_none(here.config) is not None:
+        return False
+    listed = controls_of(here.config, str(here.stage_dir(Stage.sft)), has_mxfp4=False)
+    made = {Path(each.model).parent.name for each in controls.find_made(here) if each.staleness is None}
+    return rebuilds(here.config.overwrite, Stage.controls) or not {each.name for each in listed} <= made
 
 
 def _check_training(found: Attempts, here: Run, trained: dict[str, TrainConfig]) -> None:
@@ -170,15 +191,19 @@ def _report(here: Run) -> DoctorRecord | None:
     return artifact.read(DoctorRecord) if is_same and artifact.parents["processes"] == str(process_count()) else None
 
 
-def _check_data(found: Attempts, here: Run) -> None:
-    """Check the rows, and the prompts of `evaluate` and of the answers during training."""
+def _check_data(found: Attempts, here: Run, *, is_trained: bool) -> None:
+    """Check the rows, the prompts of `evaluate` and of the answers during training, and the data of task suites."""
     from pipeline.evaluate import measure
     from pipeline.evaluate.generation import prompts
 
     config, evaluate = here.config, here.config.evaluate
     if config.stage is Stage.all:
-        found.attempt(lambda: measure.check_inputs(here, config.data, evaluate))
-    if not evaluate.during_training.prompts or (config.stage is Stage.all and evaluate.generate):
+        inputs = found.attempt(lambda: measure.check_inputs(here, config.data, evaluate))
+        suites = None if inputs is None else inputs[-1]
+        if suites is not None and is_main_process() and (is_trained or not _has_run_the_tasks(here)):
+            note("evaluate", f"loading the data of {', '.join(evaluate.lm_eval.tasks)}")
+            found.attempt(suites.check_data)
+    if not is_trained or not evaluate.during_training.prompts or (config.stage is Stage.all and evaluate.generate):
         return
 
     def load_prompts() -> None:
@@ -186,6 +211,15 @@ def _check_data(found: Attempts, here: Run) -> None:
         prompts.load(here, config.data, evaluate.prompts, rows, evaluate.during_training.prompts)
 
     found.attempt(load_prompts)
+
+
+def _has_run_the_tasks(here: Run) -> bool:
+    """Return whether the report of `evaluate` has the results of the same tasks."""
+    if not here.is_complete(Stage.evaluate):
+        return False
+    recorded = load(here.stage_dir(Stage.evaluate), check_files=False).settings
+    tasks = {key: value for key, value in recorded.items() if key.startswith(f"{_TASKS}.")}
+    return bool(tasks) and tasks == here.settings(tasks)
 
 
 def _source_problems(here: Run) -> list[str]:

@@ -84,6 +84,15 @@ def rendering(directory: Path) -> Rendering:
     return Rendering(load_tokenizer(directory), "low", "2025-08-05", every_turn=True)
 
 
+@pytest.mark.usefixtures("only_own_tasks")
+def test_the_data_of_tasks_are_checked_without_a_model(tasks: Path, tmp_path: Path) -> None:
+    suites = Suites(settings(tasks, "own_choice", "own_free"))
+    suites.check_data()
+    (tmp_path / "questions.jsonl").unlink()
+    with pytest.raises(UserError, match=r"evaluate\.lm_eval\.tasks=.*lm-eval cannot run them"):
+        suites.check_data()
+
+
 def likelihood(model: Any, tokenizer: Any, question: str, answer: str) -> float:
     """Compute the log-probability of the answer's tokens, given the question."""
     prompt, whole = (tokenizer(text)["input_ids"] for text in (question, question + answer))

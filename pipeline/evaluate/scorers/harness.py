@@ -68,6 +68,15 @@ class Suites:
                 ]
             )
 
+    def check_data(self) -> None:
+        """Load the tasks with their data, as a measurement does. Data that this machine lacks are downloaded.
+
+        Raises:
+            UserError: the data of a task are neither on this machine nor reachable.
+        """
+        with _task_errors(self._settings.tasks):
+            self._manager.load(list(self._settings.tasks))
+
     def own_fingerprint(self) -> str | None:
         """Hash the files in `include_path`, or return None. Hidden files and Python's bytecode do not count."""
         if self._settings.include_path is None:

@@ -4,12 +4,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import evaluated
 import pytest
 from conftest import run_program
 
 from pipeline.config import ModelConfig, PipelineConfig, QuantizeSource, Stage
 from pipeline.doctor import ahead
+from pipeline.errors import UserError
+from pipeline.evaluate import measure
 from pipeline.runs.artifacts import ARTIFACT_FILE
+from pipeline.runs.run import Run
 
 Complaints = Callable[..., str]
 
@@ -102,12 +106,73 @@ def test_complete_stages_are_not_checked(tmp_path: Path) -> None:
     found = ahead.problems(config_of(tmp_path), is_launched_well=False)
     assert about(found, "qat.optimizer") and not about(found, "sft.optimizer")
     complete(tmp_path, Stage.qat)
-    assert ahead.problems(config_of(tmp_path)) == []
+    assert ahead.problems(config_of(tmp_path), is_launched_well=False) == []
     again = replace(config_of(tmp_path), overwrite=True)
     assert about(ahead.problems(again, is_launched_well=False), "sft.optimizer")
     named = ahead.problems(replace(again, overwrite="qat,export"), is_launched_well=False)
     assert about(named, "qat.optimizer") and not about(named, "sft.optimizer")
-    assert ahead.problems(replace(again, overwrite="export,verify")) == []
+    assert ahead.problems(replace(again, overwrite="export,verify"), is_launched_well=False) == []
+
+
+def test_the_stages_after_complete_training_are_checked(tmp_path: Path) -> None:
+    complete(tmp_path, Stage.sft, Stage.qat)
+    config = config_of(tmp_path)
+    wrong = replace(
+        config,
+        evaluate=replace(config.evaluate, source="banana"),
+        verify=replace(config.verify, reference="/no/such/model"),
+        compare=replace(config.compare, runs=[str(tmp_path / "none")]),
+        data=replace(config.data, path="/no/such/rows.jsonl"),
+    )
+    found = ahead.problems(wrong)
+    for key in ("evaluate.source=banana", "verify.reference=/no/such/model", "compare.runs", "/no/such/rows.jsonl"):
+        assert any(key in problem for problem in found), key
+    assert about(ahead.problems(replace(config, controls=True)), "qat.optimizer")
+
+
+def test_runs_to_compare_must_be_there_and_evaluated_except_this_run(tmp_path: Path) -> None:
+    def problems(*runs: str) -> list[str]:
+        config = config_of(tmp_path / "runs" / "this")
+        patterns = [str(tmp_path / "runs" / name) for name in runs]
+        found = ahead.problems(replace(config, compare=replace(config.compare, runs=patterns)), is_launched_well=False)
+        return about(found, "compare.runs")
+
+    assert not problems() and not problems("this") and not problems("*") and not problems("this/evaluate")
+    assert len(problems("this", "none")) == 1 and "no directory matches" in problems("none")[0]
+    complete(tmp_path / "runs" / "other", Stage.sft)
+    assert "the run was not evaluated" in problems("*")[0]
+    complete(tmp_path / "runs" / "other", Stage.evaluate)
+    complete(tmp_path / "runs" / "this", Stage.sft)
+    assert not problems("*") and not problems("this", "other")
+
+
+class NoData:
+    """A suite whose data cannot be reached."""
+
+    def check_data(self) -> None:
+        raise UserError("evaluate.lm_eval.tasks=['arc']: lm-eval cannot run them (no connection).")
+
+
+def test_the_data_of_task_suites_are_missed_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path)
+    evaluate = replace(config.evaluate, lm_eval=replace(config.evaluate.lm_eval, tasks=["arc"]))
+    monkeypatch.setattr(measure, "check_inputs", lambda *_: ([], [], NoData()))
+    found = ahead.problems(replace(config, evaluate=evaluate))
+    assert about(found, "evaluate.lm_eval.tasks")
+
+
+def test_the_data_of_task_suites_are_not_needed_after_they_were_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete(tmp_path, Stage.sft, Stage.qat)
+    config = config_of(tmp_path)
+    evaluate = replace(config.evaluate, lm_eval=replace(config.evaluate.lm_eval, tasks=["arc"]))
+    config = replace(config, evaluate=evaluate)
+    monkeypatch.setattr(measure, "check_inputs", lambda *_: ([], [], NoData()))
+    evaluated.record(tmp_path / "evaluate", settings=Run(config).settings(["evaluate.lm_eval"]))
+    assert not ahead.problems(config)
+    evaluated.record(tmp_path / "evaluate", settings={"evaluate.lm_eval.tasks": ["other"]})
+    assert about(ahead.problems(config), "evaluate.lm_eval.tasks")
 
 
 def test_stages_that_all_skips_are_not_checked(tmp_path: Path) -> None:
