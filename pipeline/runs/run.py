@@ -12,7 +12,7 @@ from pipeline.config.controls import is_control
 from pipeline.config.overrides import assignment, by_key
 from pipeline.config.secrets import without_secrets
 from pipeline.errors import UserError
-from pipeline.runs import launches, own_settings, parts, places
+from pipeline.runs import absent_runs, launches, own_settings, parts, places
 from pipeline.runs.artifacts import (
     ARTIFACT_FILE,
     ARTIFACT_VERSION,
@@ -115,10 +115,11 @@ class Run:
         """Return the complete artifact of another stage of this run.
 
         Raises:
-            UserError: the stage is missing, unfinished or stale. The message names the stage to run.
+            UserError: the stage is missing, unfinished or stale, or the run is not there. The message says what to do.
         """
         directory = self.stage_dir(stage)
         if not (directory / ARTIFACT_FILE).is_file():
+            self.raise_if_absent()
             state = "unfinished" if directory.is_dir() else "missing"
             target = [f"export.target={self.part}"] if stage.name in parts.STAGES and self.asked_part else []
             target += self.export_source(directory) if stage is Stage.export else []
@@ -131,6 +132,11 @@ class Run:
         if stale is not None:
             raise UserError(stale)
         return artifact
+
+    def raise_if_absent(self) -> None:
+        """Raise UserError if this run is not there, and the command does not describe a new one (`absent_runs`)."""
+        if self._shared is None:
+            absent_runs.raise_if_absent(self.config.run_dir, self.recipe)
 
     def staleness(self, artifact: Artifact) -> str | None:
         """Return a message if a model of this run is stale, else None.

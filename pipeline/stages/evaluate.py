@@ -78,6 +78,7 @@ def _refs(here: Run, source: str | None) -> list[ModelRef]:
         return [references.find(here, source, EVALUATED_STAGES, "evaluate.source")]
     complete = [stage for stage in EVALUATED_STAGES if references.is_loadable(here, stage)]
     if not complete:
+        here.raise_if_absent()
         raise UserError(
             f"evaluate.source={_ALL}: {here.config.run_dir} has no model yet. {advise(here.command(Stage.upcast))}"
         )
