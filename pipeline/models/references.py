@@ -112,12 +112,14 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
 
     Raises:
         UserError: the model is missing or unfinished, the directory is not a model, or `source` is None and a stage
-            after the newest complete one is unfinished.
+            after the newest complete one is unfinished, or the model of the newest export.
     """
     if source is None:
         newest = next((stage for stage in reversed(among) if is_loadable(run, stage)), among[0])
         passing_over.raise_if_passed_over(run, newest, among, key)
         ref = stage_ref(run, newest)
+        if newest is Stage.export:
+            passing_over.raise_if_export_is_older(run, load(ref.directory), f"{key}={newest.name}")
         say_if_needed(run.stage.name, f"{key}: {ref.name}, the newest complete stage")
         return ref
     if (problem := source_problem(run, source, among, key)) is not None:

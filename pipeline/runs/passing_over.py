@@ -85,22 +85,33 @@ def raise_if_export_is_passed_over(run: Run, taken: str, models_only: bool = Fal
         )
 
 
-def raise_if_export_is_older(run: Run, export: Artifact) -> None:
-    """Raise UserError if `export` took a model by itself, and a later model has begun since.
+def raise_if_export_is_older(run: Run, export: Artifact, as_it_is: str | None = None) -> None:
+    """Raise UserError if the exported model is being rebuilt, or a later model has begun.
+
+    Args:
+        run: the run.
+        export: the complete export.
+        as_it_is: the override that uses the export nevertheless. None: export.source with the exported model.
 
     Raises:
-        UserError: as described. An export from a source that the user named is not refused.
+        UserError: as described. The later models do not count for an export from a source that the user named.
     """
     record = export.read(ExportRecord)
     source = record.exported_from
-    if run.config.export.source == source or export.settings.get("export.source") is not None:
+    if source not in Stage.__members__ or run.config.export.source == source:
         return
-    later = [] if source not in Stage.__members__ else MODEL_STAGES[MODEL_STAGES.index(Stage[source]) + 1 :]
-    if unfinished := find_unfinished(run, later):
+    own = MODEL_STAGES.index(Stage[source])
+    is_named = export.settings.get("export.source") is not None
+    if unfinished := find_unfinished(run, MODEL_STAGES[own : own + 1] if is_named else MODEL_STAGES[own:]):
         last = unfinished[-1]
         again = run.command(Stage.export, f"export.target={record.target}", "overwrite=true")
+        reason = (
+            f"an earlier {source}, which is being rebuilt and is unfinished"
+            if last.name == source
+            else f"{source}, but {last.name} has begun since and is unfinished"
+        )
         raise UserError(
-            f"{export.directory} was made from {source}, but {last.name} has begun since and is unfinished. Finish"
-            f" {last.name}: {last.command}, then export and verify again: {again}. Or use this export as it is:"
-            f" {run.command(run.stage, f'export.source={source}')}"
+            f"{export.directory} was made from {reason}. Finish {last.name}: {last.command}, then export and verify"
+            f" again: {again}. Or use this export as it is:"
+            f" {run.command(run.stage, as_it_is or f'export.source={source}')}"
         )

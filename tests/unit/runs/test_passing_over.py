@@ -93,3 +93,34 @@ def test_an_export_of_quantize_is_not_served_silently_once_qat_has_begun(run_dir
     passing_over.raise_if_export_is_older(run(run_dir, Stage.serve, export=ExportConfig(source="quantize")), export)
     record(run_dir / "export", details=EXPORT, settings={"export.source": "quantize"})
     passing_over.raise_if_export_is_older(run(run_dir, Stage.serve), load(run_dir / "export"))
+
+
+@pytest.mark.parametrize("named", [None, "qat"])
+def test_an_export_of_a_qat_that_is_being_rebuilt_is_neither_served_nor_evaluated_silently(
+    named: str | None, run_dir: Path
+) -> None:
+    record(
+        run_dir / "export",
+        details={**EXPORT, "exported_from": "qat"},
+        settings={"export.source": named},
+        parents={"model": "qat"},
+    )
+    export = load(run_dir / "export")
+    for stage, as_it_is in ((Stage.serve, "export.source=qat"), (Stage.publish, "export.source=qat")):
+        with pytest.raises(UserError) as caught:
+            passing_over.raise_if_export_is_older(run(run_dir, stage), export)
+        message = str(caught.value)
+        assert "was made from an earlier qat, which is being rebuilt and is unfinished. Finish qat: " in message
+        assert message.endswith(f"stage={stage.name} recipe=smoke run_dir={run_dir} {as_it_is}")
+    evaluate = run(run_dir, Stage.evaluate)
+    with pytest.raises(UserError, match=r"an earlier qat, which is being rebuilt .* evaluate\.source=export$"):
+        references.find(evaluate, None, EVALUATED_STAGES, "evaluate.source")
+    assert references.find(evaluate, "export", EVALUATED_STAGES, "evaluate.source").name == "export"
+    record(run_dir / "qat", details=FACTS)
+    assert references.find(evaluate, None, EVALUATED_STAGES, "evaluate.source").name == "export"
+
+
+def test_an_export_of_quantize_is_not_evaluated_silently_once_qat_has_begun(run_dir: Path) -> None:
+    record(run_dir / "export", details=EXPORT, settings={"export.source": None}, parents={"model": "quantize"})
+    with pytest.raises(UserError, match=r"was made from quantize, but qat has begun since"):
+        references.find(run(run_dir, Stage.evaluate), None, EVALUATED_STAGES, "evaluate.source")
