@@ -68,7 +68,8 @@ def _keep_jobs_apart(composed: DictConfig) -> None:
     job = secrets.without_secrets(hydra_config.job.override_dirname).replace("/", "_")
     written: Any = OmegaConf.to_container(composed, resolve=False)
     is_made_of_settings = "${" in written["run_dir"].replace("${recipe}", "")
-    if job and not is_made_of_settings:
+    is_empty = not composed.run_dir.strip()  # an error, see config.rules
+    if job and not is_made_of_settings and not is_empty:
         composed.base_run = composed.run_dir
         composed.run_dir = f"{composed.run_dir}/{SWEEP_DIR}/{job}"
 

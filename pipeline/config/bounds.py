@@ -1,4 +1,7 @@
-"""Bounds of settings. A setting declares a bound in its type, as in `Annotated[float, POSITIVE]`."""
+"""Bounds of settings. A setting declares a bound in its type, as in `Annotated[float, POSITIVE]`.
+
+Texts must not be empty, without any bound (`rules.problems`). An empty path would mean the working directory.
+"""
 
 import math
 from collections.abc import Callable
@@ -67,4 +70,3 @@ BELOW_1 = Bound("0 or more and below 1", lambda value: 0 <= value < 1)
 FROM_0_TO_1 = Bound("from 0 to 1", lambda value: 0 <= value <= 1)
 ABOVE_0_UP_TO_1 = Bound("above 0 and up to 1", lambda value: 0 < value <= 1)
 SEED = Bound("from 0 to 4294967295", lambda value: 0 <= value < 2**32)
-NOT_EMPTY = Bound("some text", lambda value: bool(value.strip()))

@@ -6,6 +6,7 @@ from typing import Annotated, Optional
 from pipeline.config.bounds import NOT_NEGATIVE, Bound
 
 _POINTS = Bound("above 0 and below 100", lambda value: 0 < value < 100)
+_NAMES = Bound("directories or patterns, none of them empty", lambda value: all(each.strip() for each in value))
 _FOLDER = Bound("the name of one folder", lambda value: value.strip() not in ("", ".", "..") and "/" not in value)
 
 
@@ -13,7 +14,7 @@ _FOLDER = Bound("the name of one folder", lambda value: value.strip() not in (""
 class CompareConfig:
     """Write a report on the results of `evaluate`."""
 
-    runs: list[str] = field(default_factory=list)
+    runs: Annotated[list[str], _NAMES] = field(default_factory=list)
     """Directories of the runs to compare. Patterns are allowed (runs/smoke/sweep/*); empty: this run."""
     name: Annotated[Optional[str], _FOLDER] = None
     """Name of a report on several runs, which is written to runs/comparisons/<name>; null: the names of the runs."""

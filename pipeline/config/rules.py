@@ -102,7 +102,9 @@ def _bound_problems(section: object, prefix: str = "") -> Iterator[str]:
             for i, element in enumerate(value):
                 if is_dataclass(element):
                     yield from _bound_problems(element, f"{key}[{i}].")
-        if value is not None:
+        if isinstance(value, str) and not value.strip():
+            yield f"{key}: is empty, as if a shell variable were not set. Give it a value, or leave it out."
+        elif value is not None:
             yield from (f"{key}={value!r}: must be {b.meaning}." for b in bounds[name] if not b.holds(value))
 
 
@@ -131,7 +133,7 @@ def _data_problems(data: DataConfig) -> list[str]:
     texts |= {f"data.blend[{i}].reasoning_language": part.reasoning_language for i, part in enumerate(data.blend)}
     texts |= {"data.validation.reasoning_language": data.validation.reasoning_language}
     for key, text in texts.items():
-        if text is not None and ("<|" in text or "\n" in text or not text.strip()):
+        if text is not None and ("<|" in text or "\n" in text):
             found.append(f"{key}={text!r}: must be one line of text, without special tokens.")
     if data.blend and data.path is not None:
         found.append(

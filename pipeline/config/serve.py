@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Optional
 
-from pipeline.config.bounds import BETWEEN_0_AND_1, NOT_EMPTY, POSITIVE, Bound
+from pipeline.config.bounds import BETWEEN_0_AND_1, POSITIVE, Bound
 from pipeline.config.choices import add_members
 from pipeline.config.engines import SERVERS
 
@@ -23,9 +23,9 @@ class ServeConfig:
 
     engine: ServingEngine = ServingEngine["vllm"]
     """Engine to start. llama_cpp (llama-server) and llama_cpp_python need a gguf export. The others need GPUs."""
-    program: Annotated[Optional[str], NOT_EMPTY] = None
+    program: Optional[str] = None
     """Path of the engine's executable; null: search the PATH. For llama_cpp_python, give the path of its Python."""
-    host: Annotated[str, NOT_EMPTY] = "127.0.0.1"
+    host: str = "127.0.0.1"
     """Address to listen on: 127.0.0.1 (this machine only) or 0.0.0.0 (the network). Clients need no API key."""
     port: Annotated[int, _PORT] = 8000
     """Port to listen on."""
@@ -37,7 +37,7 @@ class ServeConfig:
     """Share of GPU memory to use (tensorrt_llm: of the memory that weights leave free); null: the engine's default."""
     extra_arguments: list[str] = field(default_factory=list)
     """Arguments to append to the engine's command, such as [--max-num-seqs, 64]."""
-    question: Annotated[str, NOT_EMPTY] = "What is 12 + 7?"
+    question: str = "What is 12 + 7?"
     """Question to ask when the engine is ready. The model uses data.reasoning_effort."""
     max_new_tokens: Annotated[int, POSITIVE] = 512
     """Largest length of the answer in tokens, including the reasoning."""

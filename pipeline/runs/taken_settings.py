@@ -31,6 +31,8 @@ def find(arguments: list[str]) -> tuple[str, OwnSettings] | None:
     if run_dir is None:
         _raise_if_swept_runs_have_settings(given, arguments)
         return None
+    if not run_dir.strip():
+        return None  # an error, see config.rules
     directory = absolute(run_dir)
     own = own_settings.read(directory)
     if own is None:

@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch  # noqa: F401 - otherwise the program prints that it loads PyTorch
@@ -122,3 +123,17 @@ def test_only_the_main_process_prints_the_start_screen_the_help_and_the_versions
         assert run_program(*arguments) == status
         printed[rank] = "".join(capsys.readouterr())
     assert printed["0"] and not printed["1"]
+
+
+@pytest.mark.parametrize("sweep", [(), ("-m", "sft.seed=1,2")])
+def test_an_empty_run_dir_is_refused_and_nothing_is_written(
+    sweep: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "command.yaml").write_text("the record of another run\n")
+    monkeypatch.chdir(tmp_path)
+    replace_stages(monkeypatch, raising(AssertionError("the stage has begun")))
+    for recipe in ("recipe=smoke", "model=tiny"):
+        assert run_program(*sweep, "stage=upcast", recipe, "run_dir=") == 2
+        error = capsys.readouterr().err
+        assert "error: run_dir: is empty" in error and "/sweep/" not in error
+    assert [each.name for each in tmp_path.iterdir()] == ["command.yaml"]

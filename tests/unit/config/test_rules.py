@@ -62,6 +62,27 @@ def test_a_broken_rule_names_full_key_and_value(key: str, value: Any, meaning: s
     assert broken(**{key.replace(".", "__"): value}) == [f"{key}={value!r}: {meaning}"]
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("run_dir", "base_run", "model.path", "data.path", "data.validation.path", "sft.start", "export.source"),
+        *("evaluate.source", "evaluate.prompts.path", "evaluate.lm_eval.include_path", "verify.checkpoint"),
+        *("verify.reference", "verify.python.vllm", "serve.program", "compare.name", "data.columns.role"),
+    ],
+)
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_text_is_refused_since_an_empty_path_would_be_the_working_directory(key: str, value: str) -> None:
+    assert [problem for problem in broken(**{key.replace(".", "__"): value}) if problem.startswith(f"{key}:")] == [
+        f"{key}: is empty, as if a shell variable were not set. Give it a value, or leave it out."
+    ]
+
+
+def test_an_empty_run_to_compare_is_refused() -> None:
+    assert broken(compare__runs=["runs/smoke", ""]) == [
+        "compare.runs=['runs/smoke', '']: must be directories or patterns, none of them empty."
+    ]
+
+
 def test_tensorboard_cannot_store_weights() -> None:
     chosen = TrackingConfig(backend=TrackingBackend.tensorboard, upload=Upload.models)
     assert broken(tracking=chosen) == [
@@ -330,7 +351,7 @@ def test_a_weight_is_greater_than_0(weight: float) -> None:
     assert broken(data__path=None, data__blend=parts) == [f"data.blend[1].weight={weight!r}: must be greater than 0."]
 
 
-@pytest.mark.parametrize("text", ["", "You are\nAda.", "<|end|>"])
+@pytest.mark.parametrize("text", ["You are\nAda.", "<|end|>"])
 @pytest.mark.parametrize("key", ["model_identity", "reasoning_language"])
 def test_texts_for_the_prompt_are_one_line(key: str, text: str) -> None:
     expected = f"data.{key}={text!r}: must be one line of text, without special tokens."
