@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline.config import PipelineConfig, Stage
 from pipeline.config.groups import RECIPE
-from pipeline.errors import UserError, at_most, did_you_mean
+from pipeline.errors import UserError, did_you_mean, list_first
 from pipeline.runs import commands
 from pipeline.runs.own_settings import RECORD_FILE
 from pipeline.runs.paths import absolute
@@ -26,7 +26,7 @@ def raise_if_absent(run_dir: str, recipe: str) -> None:
     if recipe != PipelineConfig.recipe or _is_run(directory) or _describes_a_run():
         return
     beside = sorted(each.name for each in _directories_in(directory.parent) if _is_run(each))
-    listed = f" (runs beside it: {', '.join(at_most(beside, _MOST_NAMED))})" if beside else ""
+    listed = f" (runs beside it: {list_first(beside, _MOST_NAMED)})" if beside else ""
     problem = "not the directory of a run" if directory.is_dir() else "no such run"
     raise UserError(
         f"run_dir={run_dir}: {problem}{listed}.{did_you_mean(directory.name, beside)} Set run_dir to a run. For a new"
