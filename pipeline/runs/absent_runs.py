@@ -22,16 +22,20 @@ def raise_if_absent(run_dir: str, recipe: str) -> None:
         run_dir: directory of the run, as the user gave it.
         recipe: name of the recipe.
     """
+    problem = find_problem(run_dir, recipe)
+    if problem is not None:
+        raise UserError(f"{problem} Set run_dir to a run. For a new run, give recipe=<name>.")
+
+
+def find_problem(run_dir: str, recipe: str) -> str | None:
+    """Return that the run is not there, with the runs beside it. Return None if it is there, or is described."""
     directory = absolute(run_dir)
     if recipe != PipelineConfig.recipe or _is_run(directory) or _describes_a_run():
-        return
+        return None
     beside = sorted(each.name for each in _directories_in(directory.parent) if _is_run(each))
     listed = f" (runs beside it: {list_first(beside, _MOST_NAMED)})" if beside else ""
     problem = "not the directory of a run" if directory.is_dir() else "no such run"
-    raise UserError(
-        f"run_dir={run_dir}: {problem}{listed}.{did_you_mean(directory.name, beside)} Set run_dir to a run. For a new"
-        " run, give recipe=<name>."
-    )
+    return f"run_dir={run_dir}: {problem}{listed}.{did_you_mean(directory.name, beside)}"
 
 
 def _is_run(directory: Path) -> bool:

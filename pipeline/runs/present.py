@@ -13,10 +13,11 @@ from pipeline.config.groups import RECIPE
 from pipeline.config.overrides import assignment, belongs_to_run, by_key, is_override
 from pipeline.config.secrets import has_secret
 from pipeline.errors import list_first, user_errors
-from pipeline.runs import commands, console, interruptions, launches, own_settings, taken_settings
+from pipeline.runs import absent_runs, commands, console, interruptions, launches, own_settings, taken_settings
 from pipeline.runs.commands import Command
 from pipeline.runs.own_settings import RECORD_FILE, OwnSettings
 
+_BEGIN_A_RUN = (Stage.doctor.name, Stage.upcast.name, Stage.all.name)
 _MOST_CHANGES = 6  # that one line names
 
 _line: list[str] = []
@@ -106,6 +107,7 @@ def tell() -> None:
             " of this run, or write ${oc.env:NAME} for the secret.",
         )
     if _taken is None:
+        _tell_of_new_run(command)
         return
     run_dir, own = _taken
     shown = shlex.join(text for text in own.overrides.values() if not has_secret(text)) or "the defaults"
@@ -113,6 +115,14 @@ def tell() -> None:
     changes = _changes(own)
     changed = f"; the command line changes {list_first(changes, _MOST_CHANGES)}" if changes else ""
     console.note("run", f"settings of {run_dir}: {shown}{places}{changed}")
+
+
+def _tell_of_new_run(command: Command | None) -> None:
+    """Say that a run of the default recipe begins, because a mistyped run_dir would begin one, too."""
+    if command is None or command.is_sweep or command.stage not in _BEGIN_A_RUN or "run_dir" not in command.overrides:
+        return
+    if (problem := absent_runs.find_problem(command.run_dir, PipelineConfig.recipe)) is not None:
+        console.note("run", f"{problem} A new run begins, with the settings of the default recipe.")
 
 
 def _changes(own: OwnSettings) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 from conftest import run_program
 from evaluated import record
 
+from pipeline import __main__ as program
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
 from pipeline.runs.run import Run
@@ -57,3 +58,17 @@ def test_no_stage_advises_to_make_the_default_model_for_a_mistyped_run_dir(
 def test_a_model_on_the_command_line_describes_a_new_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_program("stage=quantize", f"run_dir={runs}/new", "model=tiny", "quantize.source=upcast") == 2
     assert "Run first: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "is_told"), [((), True), (("model=tiny",), False), (("recipe=smoke",), False)])
+def test_a_new_run_of_the_default_recipe_is_announced(
+    more: tuple[str, ...],
+    is_told: bool,
+    runs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(program, "run_job", lambda *_: None)
+    assert run_program("stage=upcast", f"run_dir={runs}/smok", "data=arithmetic", *more) == 0
+    announced = f"run_dir={runs}/smok: no such run (runs beside it: other, smoke). Did you mean 'smoke'? A new run"
+    assert (announced in capsys.readouterr().err) == is_told
