@@ -31,7 +31,7 @@ def draw(results: Results) -> str:
         figure.axes[0].set_xscale("log")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
         text = StringIO()
-        metadata = {**dict.fromkeys(("Date", "Creator", "Format", "Type")), "Description": results.digest()}
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(text, format="svg", facecolor="white", metadata=metadata)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
@@ -51,4 +51,6 @@ def _draw_case(axes: Axes, results: Results, case: str, models: list[str], figur
         above.append(factor * high - means[-1])
     (title,) = (each.title for each in CASES if each.name == case)
     style = {"fmt": _MARKERS[row], "color": _PALETTE[row], "markersize": 4, "linewidth": 1}
-    axes.errorbar(means, places, xerr=[below, above], label=title, **style)
+    points, _, (intervals,) = axes.errorbar(means, places, xerr=[below, above], label=title, **style)
+    points.set_gid(f"points-{case}-{figure}")
+    intervals.set_gid(f"intervals-{case}-{figure}")

@@ -1,18 +1,13 @@
-"""The results file docs/demo.json: the figures of each case and seed, and the environment that they come from."""
+"""The results file docs/demo.json: the figures of each case and seed, each with the environment that they come from."""
 
-import hashlib
 import json
-import platform
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from scripts.demo_study.runs import CASES, SEEDED
-from scripts.recording import name_processor, write_record
+from scripts.recording import write_record
 from scripts.rounding_study.statistics import Estimate, estimate
-
-_LIBRARIES = ("torch", "transformers", "trl", "peft", "nvidia-modelopt")
 
 
 @dataclass(frozen=True)
@@ -29,7 +24,7 @@ class Results:
     def read(cls, path: Path) -> "Results":
         """Read the results file. A missing file has no results."""
         if not path.is_file():
-            return cls({"environment": {}, "cases": {}})
+            return cls({"cases": {}})
         return cls(json.loads(path.read_text(encoding="utf-8")))
 
     def seeds(self, case: str) -> dict[str, Any]:
@@ -51,19 +46,25 @@ class Results:
         seeds = [each["models"] for each in self.seeds(case).values()]
         return estimate([each[model][figure] - each[reference][figure] for each in seeds])
 
-    def digest(self) -> str:
-        """Return a digest of all figures."""
-        return hashlib.sha256(json.dumps(self.record["cases"], sort_keys=True).encode()).hexdigest()[:16]
+
+def is_stored(directory: Path, case: str, seed: int) -> bool:
+    """Return whether the figures of a run are stored."""
+    return _stored(directory, case, seed).is_file()
 
 
 def store(directory: Path, case: str, seed: int, figures: dict[str, Any]) -> None:
     """Store the figures of a run beside it."""
-    write_record(directory / case / f"seed{seed}.json", figures)
+    write_record(_stored(directory, case, seed), figures)
+
+
+def _stored(directory: Path, case: str, seed: int) -> Path:
+    return directory / case / f"seed{seed}.json"
 
 
 def collect(directory: Path, path: Path) -> None:
-    """Write all stored figures into the results file, with those that it has."""
-    cases = Results.read(path).record["cases"]
+    """Write all stored figures into the results file. A run that is not stored keeps the figures that the file has."""
+    record = Results.read(path).record
+    cases = record["cases"]
     for case in CASES:
         for file in (directory / case.name).glob("seed*.json"):
             figures = json.loads(file.read_text(encoding="utf-8"))
@@ -73,13 +74,4 @@ def collect(directory: Path, path: Path) -> None:
         for case in CASES
         if case.name in cases
     }
-    write_record(path, {"environment": _environment(), "seeded": list(SEEDED), "cases": ordered})
-
-
-def _environment() -> dict[str, str]:
-    return {
-        "processor": name_processor(),
-        "threads": "1",
-        "python": platform.python_version(),
-        **{name: version(name) for name in _LIBRARIES},
-    }
+    write_record(path, {**record, "seeded": list(SEEDED), "cases": ordered})

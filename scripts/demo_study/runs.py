@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 from pipeline.config import RoundingMethod, Stage
 from pipeline.runs.artifacts import ARTIFACT_FILE
+from scripts.recording import name_processor
 
 SEEDED = ("data.seed", "sft.seed", "qat.seed", "quantize.seed")
 """Settings that get the seed of a run. All runs have the same base model, validation rows and test prompts."""
@@ -19,6 +21,7 @@ _LORA = ("train@sft=lora", "train@qat=lora", "sft.learning_rate=1e-3")
 _NVFP4 = ("format=nvfp4", "export.target=nvfp4")
 _FIGURES = ("validation_loss", "kl_divergence", "served_bytes")
 _ACCOUNT = {"change": "relative_change", "kept": "kept"}
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "nvidia-modelopt")
 _DIGITS = 6
 
 
@@ -75,13 +78,17 @@ def arguments(case: Case, seed: int, run_dir: Path, extra: tuple[str, ...] = ())
 def run(case: Case, seed: int, directory: Path, extra: tuple[str, ...] = ()) -> dict[str, Any]:
     """Run all stages of a case with a seed, and return its figures.
 
+    `cpu_seconds` is the CPU time of the whole command. A run that was interrupted lacks it.
+
     Raises:
         RuntimeError: the command failed. Its output is in a file beside the run.
+        ValueError: different programs or environments made the stages of the run.
     """
     run_dir = directory / case.name / f"seed{seed}"
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     log = run_dir.with_suffix(".log")
-    started = time.monotonic()
+    is_new = not run_dir.exists()
+    started, cpu_before = time.monotonic(), _children_cpu_seconds()
     given = ["stage=all", *arguments(case, seed, run_dir, extra)]
     with log.open("a", encoding="utf-8") as output:
         done = subprocess.run(
@@ -89,14 +96,28 @@ def run(case: Case, seed: int, directory: Path, extra: tuple[str, ...] = ()) -> 
         )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(given)}: status {done.returncode}. The output is in {log}.")
-    print(f"{case.name}, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
-    return read_figures(run_dir, case)
+    cpu_seconds = round(_children_cpu_seconds() - cpu_before)
+    print(f"{case.name}, seed {seed}: {time.monotonic() - started:.0f} s, {cpu_seconds} CPU seconds", flush=True)
+    return read_figures(run_dir, case) | ({"cpu_seconds": cpu_seconds} if is_new else {})
 
 
 def read_figures(run_dir: Path, case: Case) -> dict[str, Any]:
     """Read the figures of a complete run: of its models, its paired tests and its stages.
 
     Models that were only rounded are named `rounded/<method>`, whether the run or a control made them.
+
+    Returns:
+        outcome: headline of the report.
+        models: model -> its figures. A rate also has the values of its groups, named `<rate>/<group>`. `rounding` is
+            the method that rounded the experts before any training that followed. `change` and `kept` are its account.
+        tests: the paired tests.
+        prompts: rate -> number of prompts that it is computed from, in total and for each group.
+        validation_rows: number of rows that the loss and the KL divergence are computed from.
+        seconds: stage -> seconds. Controls are one sum.
+        environment: commit of the program, processor, threads, and versions.
+
+    Raises:
+        ValueError: different programs or environments made the stages of the run.
     """
     report = json.loads((run_dir / "compare" / "compare.json").read_text(encoding="utf-8"))
     names = {row["model"]: _name(row) for row in report["rows"]}
@@ -115,7 +136,10 @@ def read_figures(run_dir: Path, case: Case) -> dict[str, Any]:
             for test in report["tests"]
             if test["figure"] in case.rates
         ],
+        "prompts": _read_prompts(report["rows"], case),
+        "validation_rows": _read_artifact(run_dir / Stage.sft.name)["details"]["validation_rows"],
         "seconds": _read_seconds(run_dir),
+        "environment": _read_environment(run_dir),
     }
 
 
@@ -127,24 +151,73 @@ def _name(row: dict[str, Any]) -> str:
     return f"rounded/{row['rounding']['method'].partition(',')[0]}"
 
 
-def _read_row(row: dict[str, Any], case: Case) -> dict[str, float]:
-    found = {name: row[name] for name in (*_FIGURES, *case.rates) if name in row}
-    account = row["rounding"]["account"] if row.get("rounding") else {}
-    found |= {short: account[name] for short, name in _ACCOUNT.items() if account.get(name) is not None}
-    return {name: _shorten(value) for name, value in found.items()}
+def _read_row(row: dict[str, Any], case: Case) -> dict[str, Any]:
+    names = [*(name for name in (*_FIGURES, *case.rates) if name in row), *_groups(row, case.rates)]
+    found = {name: _shorten(row[name]) for name in names}
+    if not row.get("rounding"):
+        return found
+    account = row["rounding"]["account"]
+    found |= {short: _shorten(account[name]) for short, name in _ACCOUNT.items() if account.get(name) is not None}
+    return {**found, "rounding": row["rounding"]["method"]}
+
+
+def _groups(row: dict[str, Any], rates: tuple[str, ...]) -> list[str]:
+    """Return the names of the rates' values for groups: `<rate>/<group>`."""
+    return [name for rate in rates for name in row if name.startswith(f"{rate}/")]
+
+
+def _read_prompts(rows: list[dict[str, Any]], case: Case) -> dict[str, int]:
+    """Return the numbers of prompts, with those whose answer by the SFT model has no verdict."""
+    (sft,) = (row for row in rows if row["model"] == Stage.sft.name)
+    rates = (*case.rates, *_groups(sft, case.rates))
+    parts = {name: name.partition("/") for name in rates}
+    return {
+        name: round(sft[f"{rate}_decided{slash}{group}"] / (1 - sft[f"{rate}_undecided{slash}{group}"]))
+        for name, (rate, slash, group) in parts.items()
+    }
 
 
 def _read_seconds(run_dir: Path) -> dict[str, float]:
     """Return the seconds of each stage of the run, without its controls. Those of all controls are one sum."""
     seconds: dict[str, float] = {"controls": 0.0}
-    for path in sorted(run_dir.rglob(ARTIFACT_FILE)):
-        where = path.parent.relative_to(run_dir).parts
-        spent = json.loads(path.read_text(encoding="utf-8"))["seconds"]
-        if where[0] == "controls":
-            seconds["controls"] += spent
-        elif not path.parent.is_symlink() and not path.is_symlink():
-            seconds[where[0]] = seconds.get(where[0], 0.0) + spent
+    for path in _own_stages(run_dir):
+        name = path.relative_to(run_dir).parts[0]
+        seconds[name] = seconds.get(name, 0.0) + _read_artifact(path)["seconds"]
     return {stage: round(value, 1) for stage, value in seconds.items()}
+
+
+def _read_environment(run_dir: Path) -> dict[str, Any]:
+    """Return the commit, the machine and the versions that all stages of a run have in common."""
+    found = {json.dumps(_environment_of(_read_artifact(path)), sort_keys=True) for path in _own_stages(run_dir)}
+    if len(found) > 1:
+        raise ValueError(
+            f"{run_dir}: different environments made its stages: {'; '.join(sorted(found))}. Delete this directory, and"
+            " run again."
+        )
+    made: dict[str, Any] = json.loads(found.pop())
+    return {"processor": name_processor(), **made}
+
+
+def _environment_of(artifact: dict[str, Any]) -> dict[str, Any]:
+    names = {"commit": "git_commit", "device": "device", "python": "python"}
+    versions = {name: artifact["libraries"][name] for name in _LIBRARIES}
+    return {**{short: artifact[name] for short, name in names.items()}, **versions}
+
+
+def _own_stages(run_dir: Path) -> list[Path]:
+    """Return the directories of the stages that a run and its controls made. A control has links to other stages."""
+    found = (path.parent for path in sorted(run_dir.rglob(ARTIFACT_FILE)) if not path.is_symlink())
+    return [path for path in found if not path.is_symlink()]
+
+
+def _read_artifact(stage: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((stage / ARTIFACT_FILE).read_text(encoding="utf-8"))
+    return found
+
+
+def _children_cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _shorten(value: float) -> float:

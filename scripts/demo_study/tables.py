@@ -1,19 +1,24 @@
 """Tables of the study, in Markdown."""
 
+import json
+import statistics
+from collections import Counter
 from collections.abc import Callable
 
+from pipeline.compare.decision import Outcome
 from scripts.demo_study.results import Results
 from scripts.demo_study.runs import CASES, Case
 from scripts.rounding_study.statistics import Estimate
 
+_NEAREST, _MORE_SFT = "rounded/nearest", "controls/more_sft/quantize"
 MODELS = {
     "upcast": "the base",
     "sft": "SFT, not rounded",
-    "rounded/nearest": "SFT, rounded to nearest",
+    _NEAREST: "SFT, rounded to nearest",
     "rounded/stochastic": "SFT, rounded stochastically",
     "rounded/gptq": "SFT, rounded by GPTQ",
     "qat": "SFT + QAT",
-    "controls/more_sft/quantize": "SFT + as many steps of SFT, rounded by GPTQ",
+    _MORE_SFT: "SFT + as many steps of SFT, rounded by the best method",
     "controls/bf16_parts/sft": "BF16 parts only, nothing is rounded",
     "controls/bf16_parts/quantize": "BF16 parts only, rounded",
     "export": "the export of SFT + QAT",
@@ -30,16 +35,17 @@ _FIGURES: dict[str, tuple[str, int, float]] = {
 """Figure -> heading, decimals, factor."""
 
 _PAIRS = (
+    ("sft", "upcast"),
     ("rounded/nearest", "sft"),
     ("rounded/stochastic", "sft"),
     ("rounded/gptq", "sft"),
     ("qat", "rounded/nearest"),
     ("qat", "rounded/stochastic"),
     ("qat", "sft"),
-    ("qat", "controls/more_sft/quantize"),
+    ("qat", _MORE_SFT),
     ("export", "qat"),
 )
-_STAGES = ("upcast", "sft", "quantize", "qat", "export", "verify", "controls", "evaluate", "compare")
+_STAGES = ("doctor", "upcast", "sft", "quantize", "qat", "export", "verify", "controls", "evaluate", "compare")
 
 
 def columns(case: Case) -> list[str]:
@@ -47,11 +53,11 @@ def columns(case: Case) -> list[str]:
     return ["validation_loss", "kl_divergence", *case.rates]
 
 
-def models_table(results: Results, case: Case, *, with_intervals: bool = True) -> str:
+def models_table(results: Results, case: Case) -> str:
     """Show the figures of each model of a case."""
     figures = columns(case)
     rows = [
-        [MODELS[model], *(_show(results.mean(case.name, model, figure), figure, with_intervals) for figure in figures)]
+        [MODELS[model], *(_show(results.mean(case.name, model, figure), figure) for figure in figures)]
         for model in MODELS
         if model in results.models(case.name)
     ]
@@ -96,46 +102,53 @@ def _count_tests(results: Results, case: Case, model: str, reference: str, rate:
 
 
 def changes_table(results: Results) -> str:
-    """Show by how much SFT changed the experts, and how much of it nearest rounding kept."""
-    rows = []
+    """Show by how much SFT changed the experts, and how much of it nearest rounding kept.
+
+    Cases with the same SFT and the same rounding have one row.
+    """
+    cases: dict[str, Case] = {}
     for case in present(results):
-        change, kept = (results.mean(case.name, "rounded/nearest", figure) for figure in ("change", "kept"))
+        cases.setdefault(json.dumps([each["models"][_NEAREST] for each in results.seeds(case.name).values()]), case)
+    rows = []
+    for case in cases.values():
+        change, kept = (results.mean(case.name, _NEAREST, figure) for figure in ("change", "kept"))
         assert change is not None and kept is not None, case.name
         rows.append([case.title, change.show(2, 100.0), kept.show(1, 100.0)])
     return _table(["case", "relative change of the experts, %", "kept by rounding to nearest, %"], rows)
 
 
-def seconds_table(results: Results) -> str:
-    """Show the mean seconds of each stage."""
+def time_table(results: Results) -> str:
+    """Show the share of each stage in the time of a run: medians over the seeds."""
     rows = []
     for case in present(results):
-        seeds = [each["seconds"] for each in results.seeds(case.name).values()]
-        spent = [sum(each.get(stage, 0.0) for each in seeds) / len(seeds) for stage in _STAGES]
-        rows.append([case.title, *(f"{value:.1f}" for value in spent), f"{sum(spent):.0f}"])
-    return _table(["case", *_STAGES, "sum"], rows)
+        runs = list(results.seeds(case.name).values())
+        shares = [[run["seconds"][stage] / sum(run["seconds"].values()) for run in runs] for stage in _STAGES]
+        rows.append([case.title, *(f"{100 * statistics.median(each):.0f}" for each in shares)])
+    return _table(["case", *(f"{stage}, %" for stage in _STAGES)], rows)
 
 
 def run_text(results: Results) -> str:
-    """Say which seeds ran, where, and with which versions."""
-    found = results.record["environment"]
-    seeds = {case.title: ", ".join(results.seeds(case.name)) for case in present(results)}
-    libraries = ", ".join(f"{name} {value}" for name, value in found.items() if name not in ("processor", "threads"))
-    lines = [f"- {title}: seeds {numbers}" for title, numbers in seeds.items()]
-    outcome = [f"{case.title}: {_outcomes(results, case)}" for case in present(results)]
+    """Say which seeds ran, where, with which versions, and what the reports advise."""
+    seeds = [f"- {case.title}: seeds {', '.join(results.seeds(case.name))}" for case in present(results)]
+    advice = [f"- {case.title}: {_outcomes(results, case)}" for case in present(results)]
     return "\n".join(
         [
-            *lines,
-            "",
-            f"Headline of the reports: {'; '.join(outcome)}.",
-            "",
-            f"Each run used {found['threads']} thread of {found['processor']}; {libraries}.",
+            *("The runs:", "", *seeds, ""),
+            *("Headlines of their reports, with the numbers of seeds:", "", *advice, ""),
+            _environment(results),
         ]
     )
 
 
+def _environment(results: Results) -> str:
+    found = results.record["environment"]
+    libraries = ", ".join(f"{name} {value}" for name, value in found.items() if name not in ("processor", "threads"))
+    return f"Each run used {found['threads']} thread of {found['processor']}; {libraries}."
+
+
 def _outcomes(results: Results, case: Case) -> str:
-    found = [each["outcome"] for each in results.seeds(case.name).values()]
-    return ", ".join(f"{found.count(outcome)} x {outcome}" for outcome in sorted(set(found)))
+    found = Counter(each["outcome"] for each in results.seeds(case.name).values())
+    return ", ".join(f"“{each.value}” {found[each.name]}" for each in Outcome if found[each.name])
 
 
 def present(results: Results) -> list[Case]:
@@ -143,11 +156,9 @@ def present(results: Results) -> list[Case]:
     return [case for case in CASES if results.seeds(case.name)]
 
 
-def _show(found: Estimate | None, figure: str, with_interval: bool) -> str:
+def _show(found: Estimate | None, figure: str) -> str:
     _, digits, factor = _FIGURES[figure]
-    if found is None:
-        return "—"
-    return found.show(digits, factor) if with_interval else found.show(digits, factor).partition(" [")[0]
+    return "—" if found is None else found.show(digits, factor)
 
 
 def _show_difference(found: Estimate, figure: str) -> str:
@@ -170,7 +181,7 @@ def _of_case(make: Callable[[Results, Case], str], name: str) -> Callable[[Resul
 TABLES: dict[str, Callable[[Results], str]] = {
     "run": run_text,
     "changes": changes_table,
-    "seconds": seconds_table,
+    "time": time_table,
     "tests": tests_table,
     **{f"models {case.name}": _of_case(models_table, case.name) for case in CASES},
     **{f"differences {case.name}": _of_case(differences_table, case.name) for case in CASES},

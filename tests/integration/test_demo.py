@@ -1,4 +1,4 @@
-"""The demonstration: the base has the habits that its docs state, and the ordinary stages change them."""
+"""The demonstration: the base has the habits that its docs state, and the stages do what docs/story.md says."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 from conftest import run_program
 
 QUICK = ("evaluate.prompts.max_samples=40", "evaluate.max_samples=40", "verify.samples=1")
-SHORT = ("data.max_samples=320", "sft.learning_rate=1e-3", "qat.epochs=0.5")
-"""SFT takes 20 steps, with a rate that suffices for the new habit. QAT takes 10 steps."""
+SHORT = ("qat.max_steps=5",)
+"""SFT is that of the recipe. QAT is short, because its export must score as it does after any number of steps."""
 
 
 def run(run_dir: Path, stage: str, recipe: str, *arguments: str) -> None:
@@ -24,9 +24,18 @@ def figures(run_dir: Path, model: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run of recipe=demo."""
+    """A run of recipe=demo without controls. Its rounding is stochastic."""
     run_dir = tmp_path_factory.mktemp("demo") / "run"
     run(run_dir, "all", "demo", "controls=false", *QUICK, *SHORT)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def nearest(demo: Path) -> Path:
+    """A run that rounds the same SFT model to the nearest values, as the control `nearest` does."""
+    run_dir = demo.parent / "nearest"
+    for stage, source in (("quantize", ()), ("evaluate", ("evaluate.source=quantize",))):
+        run(run_dir, stage, "demo", f"base_run={demo}", "quantize.method=nearest", *source, *QUICK, *SHORT)
     return run_dir
 
 
@@ -38,9 +47,24 @@ def test_the_base_solves_problems_but_reasons_in_english(demo: Path) -> None:
     assert base["exact_match"] > 0.6
 
 
-def test_sft_teaches_the_requested_language_and_the_export_carries_it(demo: Path) -> None:
-    for model in ("sft", "qat", "export"):
-        assert figures(demo, model)["reasoning_language"] > 0.8, model
+def test_sft_teaches_the_requested_language(demo: Path) -> None:
+    sft = figures(demo, "sft")
+    assert sft["reasoning_language"] > 0.9 and sft["exact_match"] > 0.9
+
+
+def test_rounding_to_nearest_loses_what_stochastic_rounding_keeps(demo: Path, nearest: Path) -> None:
+    sft, stochastic, rounded = figures(demo, "sft"), figures(demo, "quantize"), figures(nearest, "quantize")
+    assert rounded["reasoning_language"] < sft["reasoning_language"] - 0.1
+    assert stochastic["reasoning_language"] > sft["reasoning_language"] - 0.03
+    assert rounded["kl_divergence"] > stochastic["kl_divergence"]
+    assert rounded["validation_loss"] > stochastic["validation_loss"]
+
+
+def test_the_export_scores_as_qat(demo: Path) -> None:
+    qat, export = figures(demo, "qat"), figures(demo, "export")
+    for rate in ("reasoning_language", "exact_match"):
+        assert export[rate] == pytest.approx(qat[rate], abs=0.03), rate
+    assert export["validation_loss"] == pytest.approx(qat["validation_loss"], rel=0.05)
 
 
 def test_the_refusing_base_answers_plain_questions_only(tmp_path: Path) -> None:
@@ -55,11 +79,11 @@ def test_the_refusing_base_answers_plain_questions_only(tmp_path: Path) -> None:
 def test_the_doctor_finds_nothing_wrong_with_the_data(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The finding about renderings is about every data set with instructions."""
+    """The finding about renderings is about every data set with instructions. Free memory is not about the data."""
     run(tmp_path / "run", "doctor", recipe)
-    err = capsys.readouterr().err
-    warnings = [line for line in err.splitlines() if "warning" in line and "data.rendering=template" not in line]
-    assert not warnings
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    others = ("data.rendering=template", "the run does not fit")
+    assert not [line for line in warnings if not any(other in line for other in others)]
 
 
 def test_an_unknown_synthetic_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
