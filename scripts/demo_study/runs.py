@@ -109,7 +109,8 @@ def read_figures(run_dir: Path, case: Case) -> dict[str, Any]:
     Returns:
         outcome: headline of the report.
         models: model -> its figures. A rate also has the values of its groups, named `<rate>/<group>`. `rounding` is
-            the method that rounded the experts before any training that followed. `change` and `kept` are its account.
+            the method and the scales that rounded its experts. `change` and `kept` are the account of this rounding.
+            QAT's model has the rounding of its export.
         tests: the paired tests.
         prompts: rate -> number of prompts that it is computed from, in total and for each group.
         validation_rows: number of rows that the loss and the KL divergence are computed from.
@@ -124,23 +125,27 @@ def read_figures(run_dir: Path, case: Case) -> dict[str, Any]:
     return {
         "outcome": report["verdicts"][0]["outcome"],
         "models": {names[row["model"]]: _read_row(row, case) for row in report["rows"]},
-        "tests": [
-            {
-                "figure": test["figure"],
-                "model": names[test["model"]],
-                "reference": names[test["reference"]],
-                "p": _shorten(test["p_value_corrected"]),
-                "better": test["wins"],
-                "worse": test["losses"],
-            }
-            for test in report["tests"]
-            if test["figure"] in case.rates
-        ],
+        "tests": _read_tests(report["tests"], names, case),
         "prompts": _read_prompts(report["rows"], case),
         "validation_rows": _read_artifact(run_dir / Stage.sft.name)["details"]["validation_rows"],
         "seconds": _read_seconds(run_dir),
         "environment": _read_environment(run_dir),
     }
+
+
+def _read_tests(tests: list[dict[str, Any]], names: dict[str, str], case: Case) -> list[dict[str, Any]]:
+    return [
+        {
+            "figure": test["figure"],
+            "model": names[test["model"]],
+            "reference": names[test["reference"]],
+            "p": _shorten(test["p_value_corrected"]),
+            "better": test["wins"],
+            "worse": test["losses"],
+        }
+        for test in tests
+        if test["figure"] in case.rates
+    ]
 
 
 def _name(row: dict[str, Any]) -> str:
