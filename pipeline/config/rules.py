@@ -21,11 +21,11 @@ from pipeline.config.targets import TARGETS
 from pipeline.config.training import (
     ROUNDING_OPTIMIZERS,
     ExpertsImplementation,
-    LoraConfig,
     Method,
     Oscillation,
     Precision,
     TrainConfig,
+    show_lora,
 )
 from pipeline.config.upcast import Experts
 from pipeline.errors import UserError, user_errors
@@ -306,7 +306,7 @@ def _qat_problems(config: PipelineConfig) -> list[str]:
     continues = source == QuantizeSource.sft and not writes_rounded(config.quantize)
     if continues and sft.method is Method.lora and qat.method is Method.lora and sft.lora != qat.lora:
         found.append(
-            f"qat.lora={_show_lora(qat.lora)} differs from sft.lora={_show_lora(sft.lora)}: QAT continues with SFT's"
+            f"qat.lora={show_lora(qat.lora)} differs from sft.lora={show_lora(sft.lora)}: QAT continues with SFT's"
             " adapters. Give both the same values."
         )
     return found
@@ -380,14 +380,6 @@ def _parts_problems(config: PipelineConfig) -> list[str]:
 def _missing_problem(key: str) -> str:
     choices = f" Choose one of: {', '.join(Stage.__members__)}." if key == "stage" else ""
     return f"{key}: is not set. Give {key}=<value>.{choices}"
-
-
-def _show_lora(lora: LoraConfig) -> str:
-    targets = [target.name for target in lora.targets]
-    return (
-        f"{{rank: {lora.rank}, alpha: {lora.alpha}, targets: {targets}, layers: {lora.layers},"
-        f" every_nth: {lora.every_nth}}}"
-    )
 
 
 def _leaf_keys(node: DictConfig, prefix: str = "") -> list[str]:

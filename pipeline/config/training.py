@@ -90,6 +90,15 @@ def adapted_layers(lora: LoraConfig, count: int) -> list[int]:
     return list(range(count)) if lora.layers is None else lora.layers
 
 
+def show_lora(lora: LoraConfig) -> str:
+    """Return the settings of adapters as a text for messages."""
+    targets = [target.name for target in lora.targets]
+    return (
+        f"{{rank: {lora.rank}, alpha: {lora.alpha}, targets: {targets}, layers: {lora.layers},"
+        f" every_nth: {lora.every_nth}}}"
+    )
+
+
 def layers_problem(lora: LoraConfig, count: int, section: str) -> str | None:
     """Return a message if a model of `count` layers lacks a layer that gets adapters, else None."""
     layers = adapted_layers(lora, count)

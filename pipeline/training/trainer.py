@@ -39,7 +39,6 @@ from pipeline.training import preemption, resume
 from pipeline.training.callbacks import ForgetRounded, TokenCount, make_callbacks
 from pipeline.training.determinism import deterministic_on_cpu
 from pipeline.training.distillation import Teacher, distill
-from pipeline.training.preemption import Preemption
 from pipeline.training.symptoms import warn_of_symptoms
 from pipeline.training.trained_only import TrainedOnly
 from pipeline.training.weight_changes import WeightChanges
@@ -177,7 +176,7 @@ class _Trainer(TrainedOnly, SFTTrainer):
 
     weight_changes: WeightChanges
     tokens: TokenCount
-    preemption: Preemption
+    preemption: preemption.Preemption
     evaluated_step: int | None = None
     _teacher: Teacher | None = None
     _loss_of_step = torch.zeros(())
@@ -281,7 +280,7 @@ def make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trai
     own = make_callbacks(
         setup.settings, directory=setup.directory, stage=setup.stage, sharding=setup.sharding, tokens=tokens
     )
-    (stops,) = (each for each in own if isinstance(each, Preemption))
+    (stops,) = (each for each in own if isinstance(each, preemption.Preemption))
     with _setting_errors(setup):
         trainer = _Trainer(
             model=inputs.model,
