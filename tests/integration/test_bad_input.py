@@ -353,7 +353,7 @@ def test_verify_of_a_missing_directory(capsys: pytest.CaptureFixture[str], upcas
     [
         ("export.source=verify", "export.source=verify: must be one of upcast, sft, quantize, qat"),
         ("export.source=/nowhere", "export.source=/nowhere: neither a stage"),
-        ("export.target=gguff", "export.target='gguff'"),
+        ("export.target=gguff", "export.target=gguff: no such choice. Did you mean 'gguf'?"),
     ],
 )
 def test_bad_export(capsys: pytest.CaptureFixture[str], upcast_run: Path, argument: str, part: str) -> None:
