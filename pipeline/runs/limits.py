@@ -24,6 +24,7 @@ _SIZE = Path("/proc/self/statm")
 _HEADER = struct.Struct("<cd")  # kind of the answer, CPU seconds
 _TEXTS, _NO_MEMORY, _ERROR = b"t", b"m", b"e"
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_FIRST_FILE = 3  # after standard input, output and error
 _SECONDS_BETWEEN_LOOKS = 60.0  # after which a fork without work looks whether its parent still lives
 
 
@@ -131,7 +132,7 @@ class LimitedFunction(Generic[Request]):
         number = os.fork()
         if number == 0:
             try:
-                ours.close()
+                _close_files_except(theirs.fileno())
                 _serve(self._function, theirs, self._memory, parent)
             finally:
                 os._exit(1)
@@ -155,6 +156,12 @@ def _serve(function: Callable[[Request], list[str]], pipe: connection.Connection
         except EOFError:
             return
         pipe.send_bytes(_answer(function, request, seconds))
+
+
+def _close_files_except(kept: int) -> None:
+    """Close the files of the parent. An open one would keep the parent's locks after the parent has closed it."""
+    os.closerange(_FIRST_FILE, kept)
+    os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
 
 
 def _answer(function: Callable[[Request], list[str]], request: Request, seconds: float) -> bytes:

@@ -1,11 +1,13 @@
 """Code of others is stopped when its CPU time or its memory is used up, wherever it is."""
 
+import fcntl
 import os
 import resource
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -128,6 +130,14 @@ def test_all_calls_share_one_fork_which_close_ends(limited) -> None:
     (fork,) = {limited(os.getpid, 1).texts[0] for _ in range(3)}
     limited.close()
     assert not os.path.exists(f"/proc/{fork}")
+
+
+def test_the_fork_holds_no_lock_that_this_process_has_released(limited, tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        limited(str, 1)
+    with (tmp_path / "lock").open("w") as again:
+        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_fork_of_this_process_makes_its_own(limited) -> None:
