@@ -201,7 +201,7 @@ _TRL = {
     ("backward", "boolean index"): 1,
 }
 _MASKS = ("transformers/masking_utils.py", "item")
-_FINITE_LOSS = ("pipeline/training/trainer.py", "item")
+_FINITE_LOSS = ("pipeline/training/trainer.py", "tolist")
 _FINITE_BLOCKS = ("pipeline/models/rounded_weights.py", "item")
 _TEACHER = ("pipeline/models/chunked_logits.py", "nonzero")
 
