@@ -53,7 +53,7 @@ def _prompts_problems(prompts: PromptsConfig) -> list[str]:
 
 def _endpoint_problems(endpoint: EndpointConfig) -> list[str]:
     found = _server_problems("evaluate.endpoint", endpoint)
-    if endpoint.name in Stage.__members__ or not _NAME.fullmatch(endpoint.name):
+    if endpoint.name and (endpoint.name in Stage.__members__ or not _NAME.fullmatch(endpoint.name)):
         found.append(
             f"evaluate.endpoint.name={endpoint.name!r}: must be letters, digits, '.', '_' and '-'. It must not be a"
             " stage's name."
@@ -67,7 +67,7 @@ def _server_problems(key: str, server: ServerConfig) -> list[str]:
             f"{key}.url: contains a user name or a password, which would be saved with the run. Put the key into"
             f" an environment variable, and set {key}.api_key_env=<its name>."
         ]
-    if server.url is not None and not _is_address(server.url):
+    if server.url and not _is_address(server.url):  # an empty text is another problem
         return [f"{key}.url={server.url!r}: must be like http://localhost:8000/v1."]
     return []
 

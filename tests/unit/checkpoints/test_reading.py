@@ -403,7 +403,7 @@ def test_adapters_without_their_base_model_are_an_error(copy: Path) -> None:
     [
         (b"", "not valid JSON"),
         (b'{"model_type": "gpt_oss",', "not valid JSON"),
-        (b"\xff\xfe{}", "not valid JSON"),
+        (b"\xff\xfe{}", "not in UTF-8"),
         (b"[]", "holds list, not an object"),
     ],
 )

@@ -57,12 +57,18 @@ def test_several_samples_with_greedy_decoding_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000", "ftp://host/v1", "http://", "http://host:port/v1", "http://[::1", f"{URL}?a=b", ""]
+    "url", ["localhost:8000", "ftp://host/v1", "http://", "http://host:port/v1", "http://[::1", f"{URL}?a=b"]
 )
 def test_a_text_that_is_no_address_is_refused(url: str) -> None:
     assert broken(generate=True, endpoint__url=url) == [
         f"evaluate.endpoint.url={url!r}: must be like http://localhost:8000/v1."
     ]
+
+
+def test_an_empty_text_is_one_problem() -> None:
+    for name in ("url", "name"):
+        (problem,) = broken(generate=True, **{f"endpoint__{name}": ""})
+        assert problem.startswith(f"evaluate.endpoint.{name}: is empty")
 
 
 @pytest.mark.parametrize("url", [URL, "https://host", "http://[::1]:8000/v1", "http://10.0.0.1:1/a/b"])
@@ -83,7 +89,7 @@ def test_a_server_without_prompts_or_tasks_is_refused() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["sft", "all", "a/b", "", "..", "a b"])
+@pytest.mark.parametrize("name", ["sft", "all", "a/b", "..", "a b"])
 def test_a_name_of_a_stage_or_with_other_characters_is_refused(name: str) -> None:
     (problem,) = broken(endpoint__name=name)
     assert problem.startswith(f"evaluate.endpoint.name={name!r}: must be letters")

@@ -25,7 +25,7 @@ def test_a_directory_is_told_from_the_stages() -> None:
     [
         ("stf", "quantize.source=stf: neither a stage (sft, upcast) nor a directory of adapters. Did you mean 'sft'?"),
         ("upcats", "quantize.source=upcats: neither a stage (sft, upcast) nor a directory of adapters. Did you mean"),
-        (" ", "quantize.source=' ': must be sft, upcast, or a directory of adapters."),
+        (" ", "quantize.source: is empty, as if a shell variable were not set."),
     ],
 )
 def test_a_mistyped_stage_is_named(source: str, told: str) -> None:
