@@ -543,7 +543,7 @@ DEEP = (
         (DEEP + "{{ x.a|tojson }}", "seconds|memory"),
         ("{{ 'x' * 10**10 }}", "GiB of memory"),
         ("{{ 'x'|center(10**10) }}", "GiB of memory"),
-        ("{{ ('x\n' * 10**6)|indent(10**6) }}", "GiB of memory"),
+        ("{{ ('x\n' * 10**6)|indent(10**6) }}", "seconds|memory"),
         ("{{ '%*d' % (10**9, 1) }}{{ '%2000000000d' % 1 }}", "GiB of memory"),
         ("{{ '%2000000000d'|format(1) }}", "GiB of memory"),
         ("{{ '{:2000000000}'.format(1) }}", "GiB of memory"),

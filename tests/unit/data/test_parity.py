@@ -87,6 +87,7 @@ def tokenizer(encoding: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     template = AutoTokenizer.from_pretrained(directory)
 
     class Released:
+        chat_template = template.chat_template
         apply_chat_template = staticmethod(template.apply_chat_template)
 
         def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:

@@ -60,7 +60,7 @@ def test_a_control_counts_its_checkpoints_or_the_layers_that_gptq_keeps_whicheve
 def test_a_control_that_does_not_fit_on_a_gpu_is_named(tmp_path: Path) -> None:
     assert findings.findings(facts(tmp_path, gpu_free_bytes=700)) == []
     (message,) = findings.findings(facts(tmp_path, gpu_free_bytes=699))
-    assert message.startswith("the run does not fit. the control bf16_parts needs about 0.0 MB on each GPU")
+    assert message.startswith("the run does not fit. the control bf16_parts needs about 0.000700 MB on each GPU")
 
 
 def test_without_gpus_controls_train_in_host_memory(tmp_path: Path) -> None:
