@@ -76,7 +76,7 @@ def test_the_first_stage_records_recipe_groups_and_values(built: list[PipelineCo
     assert run_program("stage=sft", *MADE, *more) == 0
     content = yaml.safe_load(Path("r/command.yaml").read_text())
     assert content == {
-        "overrides": ["recipe=smoke", "sft.epochs=2", "train@sft=lora", "+data.roles.human=user"],
+        "overrides": ["recipe=smoke", "sft.epochs=2", "train@sft=lora", "++data.roles.human=user"],
         "working_directory": str(tmp_path),
         "config_dir": None,
     }
@@ -441,7 +441,7 @@ def test_the_command_that_goes_on_rebuilds_no_stage_twice(built: list[PipelineCo
 
 def test_a_sweep_goes_on_with_the_same_command(built: list[PipelineConfig]) -> None:
     assert run_program("-m", "stage=serve", *MADE, "qat.seed=1,2", "overwrite=false") == 0
-    assert commands.resume() == "python -m pipeline -m stage=serve run_dir=r recipe=smoke sft.epochs=2 qat.seed=1,2"
+    assert commands.resume() == "python -m pipeline stage=serve run_dir=r recipe=smoke sft.epochs=2 qat.seed=1,2 -m"
 
 
 def test_a_sweep_that_rebuilds_goes_on_in_its_launch(
@@ -450,8 +450,8 @@ def test_a_sweep_that_rebuilds_goes_on_in_its_launch(
     monkeypatch.setenv("GPT_OSS_QAT_LAUNCH", "mine")
     monkeypatch.setattr(launches, "_calls", 0)
     assert run_program("-m", "stage=serve", *MADE, "qat.seed=1,2", "overwrite=true") == 0
-    assert commands.resume().startswith("GPT_OSS_QAT_LAUNCH=mine python -m pipeline -m stage=serve ")
-    assert commands.resume().endswith(" qat.seed=1,2 overwrite=true")
+    assert commands.resume().startswith("GPT_OSS_QAT_LAUNCH=mine python -m pipeline stage=serve ")
+    assert commands.resume().endswith(" qat.seed=1,2 overwrite=true -m")
 
 
 def test_controls_that_have_not_begun_are_still_rebuilt(built: list[PipelineConfig]) -> None:
