@@ -160,7 +160,7 @@ def test_too_little_disk_space_is_an_error_before_anything_is_written(
     path = checkpoint(tmp_path, 2, 2)
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(11))
-    with zero_checkpoints.convert_when_needed(), pytest.raises(UserError, match=r"needs 0\.000012 MB, but the disk has 0\.000011 MB free"):
+    with zero_checkpoints.convert_when_needed(), pytest.raises(UserError, match=r"needs 0\.000012 MB"):
         engine.load_checkpoint(str(path))
     assert not (path / "global_step2_universal").exists()
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(12))
