@@ -38,7 +38,7 @@ from pipeline.config import (
     rounds_base,
 )
 from pipeline.config.overrides import assignment
-from pipeline.errors import UserError
+from pipeline.errors import UserError, list_first
 from pipeline.models import references
 from pipeline.models.references import ModelRef
 from pipeline.models.source import Source
@@ -50,7 +50,6 @@ from pipeline.runs.run import Run
 if TYPE_CHECKING:
     from pipeline.models.merging import Merger
 
-_SHOWN = 3  # names that a message lists
 _PROJECTIONS = {
     LoraTarget.attention: [
         lambda i, name=name: f"{attention_projection(i, name)}.weight" for name in ATTENTION_PROJECTIONS
@@ -168,16 +167,16 @@ def _differences(
     """
     expected = _names(lora.targets, adapted_layers(lora, count))
     if replaced:
-        yield f"they hold whole tensors too ({_some(replaced)})"
+        yield f"they hold whole tensors too ({list_first(replaced)})"
     if more := sorted(found.keys() - expected):
-        yield f"they adapt {_some(more)}, which qat.lora does not"
+        yield f"they adapt {list_first(more)}, which qat.lora does not"
     if less := sorted(expected - found.keys()):
-        yield f"they do not adapt {_some(less)}, which qat.lora does"
-    if ranks := sorted({rank for rank, _ in found.values()} - {lora.rank}):
-        yield f"their rank is {_some(ranks)}, and qat.lora.rank={lora.rank}"
+        yield f"they do not adapt {list_first(less)}, which qat.lora does"
+    if ranks := [str(rank) for rank in sorted({rank for rank, _ in found.values()} - {lora.rank})]:
+        yield f"their rank is {list_first(ranks)}, and qat.lora.rank={lora.rank}"
     scale = lora.alpha / lora.rank
-    if scales := sorted({scaling for _, scaling in found.values()} - {scale}):
-        yield f"their scale (alpha / rank) is {_some(scales)}, and qat.lora.alpha={lora.alpha} gives {scale:g}"
+    if scales := [f"{scaling:g}" for scaling in sorted({scaling for _, scaling in found.values()} - {scale})]:
+        yield f"their scale (alpha / rank) is {list_first(scales)}, and qat.lora.alpha={lora.alpha} gives {scale:g}"
 
 
 def _describe(found: Mapping[str, tuple[int, float]], count: int) -> str | None:
@@ -195,8 +194,3 @@ def _describe(found: Mapping[str, tuple[int, float]], count: int) -> str | None:
 
 def _names(targets: "list[LoraTarget]", layers: "list[int] | range") -> set[str]:
     return {name(i) for target in targets for i in layers for name in _PROJECTIONS[target]}
-
-
-def _some(values: "list[str] | list[int] | list[float]") -> str:
-    shown = [f"{each:g}" if isinstance(each, float) else str(each) for each in values[:_SHOWN]]
-    return ", ".join([*shown, *(["…"] if len(values) > _SHOWN else [])])

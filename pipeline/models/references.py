@@ -181,7 +181,7 @@ def adapters_directory(source: str, key: str) -> Path:
     Raises:
         UserError: the directory holds no adapters, or this program cannot merge them exactly.
     """
-    directory = Path(source).expanduser().absolute()
+    directory = absolute(source)
     if (problem := foreign_adapters.describe_other_contents(directory)) is not None:
         raise UserError(f"{key}={source}: {problem}")
     read_adapter_config(directory)
@@ -233,7 +233,7 @@ def is_loadable(run: Run, stage: Stage) -> bool:
     if stage is Stage.export:
         return _loadable_export(run) is not None
     if stage is Stage.sft and (adapters := run.config.quantize.adapters) is not None:
-        return foreign_adapters.holds_adapters(Path(adapters).expanduser().absolute())
+        return foreign_adapters.holds_adapters(absolute(adapters))
     return run.is_complete(stage) and load(run.stage_dir(stage), check_files=False).kind is not Kind.foreign
 
 
