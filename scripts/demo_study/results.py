@@ -63,8 +63,7 @@ def _stored(directory: Path, case: str, seed: int) -> Path:
 
 def collect(directory: Path, path: Path) -> None:
     """Write all stored figures into the results file. A run that is not stored keeps the figures that the file has."""
-    record = Results.read(path).record
-    cases = record["cases"]
+    cases = Results.read(path).record["cases"]
     for case in CASES:
         for file in (directory / case.name).glob("seed*.json"):
             figures = json.loads(file.read_text(encoding="utf-8"))
@@ -74,4 +73,4 @@ def collect(directory: Path, path: Path) -> None:
         for case in CASES
         if case.name in cases
     }
-    write_record(path, {**record, "seeded": list(SEEDED), "cases": ordered})
+    write_record(path, {"seeded": list(SEEDED), "cases": ordered})

@@ -20,7 +20,7 @@ SEEDED = ("data.seed", "sft.seed", "qat.seed", "quantize.seed")
 _LORA = ("train@sft=lora", "train@qat=lora", "sft.learning_rate=1e-3")
 _NVFP4 = ("format=nvfp4", "export.target=nvfp4")
 _FIGURES = ("validation_loss", "kl_divergence", "served_bytes")
-_ACCOUNT = {"change": "relative_change", "kept": "kept"}
+_ACCOUNT = {"change": "relative_change", "kept": "kept", "changed_scales": "changed_scales"}
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "nvidia-modelopt")
 _DIGITS = 6
 

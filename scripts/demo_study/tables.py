@@ -45,6 +45,8 @@ _PAIRS = (
     ("qat", _MORE_SFT),
     ("export", "qat"),
 )
+_GROUPED = ("mxfp4_full", "mxfp4_nearest", "nvfp4_full", "refusal_mxfp4_full")
+"""Cases whose rates are also shown for each group of prompts."""
 _STAGES = ("doctor", "upcast", "sft", "quantize", "qat", "export", "verify", "controls", "evaluate", "compare")
 
 
@@ -101,6 +103,52 @@ def _count_tests(results: Results, case: Case, model: str, reference: str, rate:
     return [str(count) for count in counts] if any(counts) else []
 
 
+def groups_table(results: Results, case: Case) -> str:
+    """Show the first rate of a case for each group of prompts, such as a language: the mean of each model."""
+    figure = case.rates[0]
+    names = [name for name in _prompts(results, case) if name.startswith(f"{figure}/")]
+    rows = [
+        [MODELS[model], *(_show(results.mean(case.name, model, name), figure) for name in names)]
+        for model in MODELS
+        if model in results.models(case.name)
+    ]
+    heading = _FIGURES[figure][0].removesuffix(", %")
+    return _table([f"{heading}, %", *(name.partition("/")[2] for name in names)], rows)
+
+
+def prompts_table(results: Results) -> str:
+    """Show how many prompts and rows the figures of each recipe come from. All runs of a recipe have the same ones."""
+    rows = []
+    for recipe in dict.fromkeys(case.recipe for case in present(results)):
+        cases = [case for case in present(results) if case.recipe == recipe]
+        counts = _prompts(results, cases[0])
+        validation = {each["validation_rows"] for case in cases for each in results.seeds(case.name).values()}
+        assert all(_prompts(results, case) == counts for case in cases) and len(validation) == 1, recipe
+        rows.append([f"`{recipe}`", "loss, KL to SFT", f"{validation.pop()} validation rows"])
+        for rate in cases[0].rates:
+            groups = {name.partition("/")[2]: count for name, count in counts.items() if name.startswith(f"{rate}/")}
+            parts = ", ".join(f"{group} {count}" for group, count in groups.items())
+            rows.append([f"`{recipe}`", _FIGURES[rate][0].removesuffix(", %"), f"{counts[rate]} prompts ({parts})"])
+    return _table(["recipe", "figure", "computed from"], rows)
+
+
+def _prompts(results: Results, case: Case) -> dict[str, int]:
+    """Return the numbers of prompts of each rate and group. All seeds of a case have the same prompts."""
+    first, *others = (each["prompts"] for each in results.seeds(case.name).values())
+    assert all(each == first for each in others), case.name
+    found: dict[str, int] = first
+    return found
+
+
+def methods_table(results: Results) -> str:
+    """Show the rounding that `quantize.method=auto` chose for the control more_sft: number of seeds for each."""
+    rows = []
+    for case in present(results):
+        found = Counter(each["models"][_MORE_SFT]["rounding"] for each in results.seeds(case.name).values())
+        rows.append([case.title, "; ".join(f"{way} scales: {count}" for way, count in found.most_common())])
+    return _table(["case", "method and scales: seeds"], rows)
+
+
 def changes_table(results: Results) -> str:
     """Show by how much SFT changed the experts, and how much of it nearest rounding kept.
 
@@ -112,19 +160,22 @@ def changes_table(results: Results) -> str:
     rows = []
     for case in cases.values():
         change, kept = (results.mean(case.name, _NEAREST, figure) for figure in ("change", "kept"))
-        assert change is not None and kept is not None, case.name
-        rows.append([case.title, change.show(2, 100.0), kept.show(1, 100.0)])
-    return _table(["case", "relative change of the experts, %", "kept by rounding to nearest, %"], rows)
+        ways = {each["models"][_NEAREST]["rounding"].partition(", ")[2] for each in results.seeds(case.name).values()}
+        assert change is not None and kept is not None and len(ways) == 1, case.name
+        rows.append([case.title, change.show(2, 100.0), f"`{ways.pop()}`", kept.show(1, 100.0)])
+    return _table(["case", "relative change of the experts, %", "scales", "kept by rounding to nearest, %"], rows)
 
 
 def time_table(results: Results) -> str:
-    """Show the share of each stage in the time of a run: medians over the seeds."""
+    """Show the share of each stage in the time of a run, and the CPU time of a run: medians over the seeds."""
     rows = []
     for case in present(results):
         runs = list(results.seeds(case.name).values())
         shares = [[run["seconds"][stage] / sum(run["seconds"].values()) for run in runs] for stage in _STAGES]
-        rows.append([case.title, *(f"{100 * statistics.median(each):.0f}" for each in shares)])
-    return _table(["case", *(f"{stage}, %" for stage in _STAGES)], rows)
+        spent = [run["cpu_seconds"] for run in runs if "cpu_seconds" in run]
+        total = f"{statistics.median(spent):.0f}" if spent else "—"
+        rows.append([case.title, *(f"{100 * statistics.median(each):.0f}" for each in shares), total])
+    return _table(["case", *(f"{stage}, %" for stage in _STAGES), "CPU seconds"], rows)
 
 
 def run_text(results: Results) -> str:
@@ -135,15 +186,20 @@ def run_text(results: Results) -> str:
         [
             *("The runs:", "", *seeds, ""),
             *("Headlines of their reports, with the numbers of seeds:", "", *advice, ""),
-            _environment(results),
+            *("The environment:", "", *_environments(results)),
         ]
     )
 
 
-def _environment(results: Results) -> str:
-    found = results.record["environment"]
-    libraries = ", ".join(f"{name} {value}" for name, value in found.items() if name not in ("processor", "threads"))
-    return f"Each run used {found['threads']} thread of {found['processor']}; {libraries}."
+def _environments(results: Results) -> list[str]:
+    """Describe each environment, with the number of runs that it made."""
+    every = [each["environment"] for case in present(results) for each in results.seeds(case.name).values()]
+    lines = Counter(
+        f"{each['processor']} ({each['device']}), commit {each['commit']}, "
+        + ", ".join(f"{name} {value}" for name, value in each.items() if name not in ("processor", "device", "commit"))
+        for each in every
+    )
+    return [f"- {count} runs: {line}" for line, count in lines.items()]
 
 
 def _outcomes(results: Results, case: Case) -> str:
@@ -180,10 +236,13 @@ def _of_case(make: Callable[[Results, Case], str], name: str) -> Callable[[Resul
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "run": run_text,
+    "prompts": prompts_table,
     "changes": changes_table,
+    "methods": methods_table,
     "time": time_table,
     "tests": tests_table,
     **{f"models {case.name}": _of_case(models_table, case.name) for case in CASES},
     **{f"differences {case.name}": _of_case(differences_table, case.name) for case in CASES},
+    **{f"groups {name}": _of_case(groups_table, name) for name in _GROUPED},
 }
 """Name in docs/story.md -> function that makes the table."""
