@@ -150,7 +150,7 @@ def methods_table(results: Results) -> str:
 
 
 def changes_table(results: Results) -> str:
-    """Show by how much SFT changed the experts, and how much of it nearest rounding kept.
+    """Show by how much SFT changed the experts. Show how many scales nearest rounding moved, and what it kept.
 
     Cases with the same SFT and the same rounding have one row.
     """
@@ -159,11 +159,14 @@ def changes_table(results: Results) -> str:
         cases.setdefault(json.dumps([each["models"][_NEAREST] for each in results.seeds(case.name).values()]), case)
     rows = []
     for case in cases.values():
-        change, kept = (results.mean(case.name, _NEAREST, figure) for figure in ("change", "kept"))
+        figures = ("change", "changed_scales", "kept")
+        change, moved, kept = (results.mean(case.name, _NEAREST, figure) for figure in figures)
         ways = {each["models"][_NEAREST]["rounding"].partition(", ")[2] for each in results.seeds(case.name).values()}
-        assert change is not None and kept is not None and len(ways) == 1, case.name
-        rows.append([case.title, change.show(2, 100.0), f"`{ways.pop()}`", kept.show(1, 100.0)])
-    return _table(["case", "relative change of the experts, %", "scales", "kept by rounding to nearest, %"], rows)
+        assert change is not None and moved is not None and kept is not None and len(ways) == 1, case.name
+        shown = [change.show(2, 100.0), f"`{ways.pop()}`", moved.show(1, 100.0), kept.show(1, 100.0)]
+        rows.append([case.title, *shown])
+    names = ["relative change of the experts, %", "scales", "scales moved, %", "kept, %"]
+    return _table(["case", *names], rows)
 
 
 def time_table(results: Results) -> str:
