@@ -116,6 +116,7 @@ def test_calls_of_other_threads_are_limited_too(limited) -> None:
 
 
 def test_an_interrupted_call_leaves_no_answer_for_the_next(limited) -> None:
+    limited(str, 1)  # Make the fork before the alarm. An exception inside os.fork leaves locks of `logging` held.
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:
