@@ -102,11 +102,13 @@ def recorded(directory: Path, stage: Stage) -> list[str]:
     """
     import yaml
 
+    if stage not in _RECORDED:
+        return []
     try:
         made = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return []
-    keys = _ASKED[stage] if stage in _RECORDED else ()
+    keys = _ASKED[stage]
     defaults = choose_settings(PipelineConfig(), keys)
     settings = {key: value for each in keys for key, value in _flat(each, made)}
     found = [override_of(key, value) for key, value in settings.items() if value != defaults.get(key)]
