@@ -9,11 +9,10 @@ import functools
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from kernels_for_gpus import Gpu, pretend
+from kernels_for_gpus import Code, Gpu, machine_code, pretend
 
 gpu = Gpu(tuple(map(int, sys.argv[1:])))
 pretend(gpu)  # before other imports: they import inductor, which keeps the functions of CUDA that it finds
@@ -131,11 +130,20 @@ def measure(run: Callable[[], object]) -> dict[str, object]:
     }
 
 
+def describe(codes: Mapping[object, Code]) -> list[dict[str, object]]:
+    """Return name, architecture, PTX instructions and machine instructions of each kernel."""
+    every = list(codes.values())
+    return [
+        {"name": code.name, "architecture": code.architecture, "ptx": code.ptx, "machine": machine}
+        for code, machine in zip(every, machine_code(every), strict=True)
+    ]
+
+
 def main() -> None:
     """Print an object with these keys.
 
-    controls: code of kernels that break the rules.
-    codes: code of the codec's kernels, as a list of `Code`.
+    controls: code of kernels that break the rules, described in the same way.
+    codes: code of the codec's kernels (see `describe`).
     rounding: use in training -> its launches, index widths and bytes of temporary tensors. Kernels are compiled.
     packed: the same figures for packed weights.
     eager: the same figures without compilation.
@@ -162,8 +170,8 @@ def main() -> None:
     with compilation(Compilation.never):
         eager = {name: measure(run) for name, run in rounding_uses()}
     report = {
-        "controls": [asdict(code) for code in controls.values()],
-        "codes": [asdict(code) for code in gpu.codes.values()],
+        "controls": describe(controls),
+        "codes": describe(gpu.codes),
         "rounding": found,
         "packed": packed,
         "eager": eager,

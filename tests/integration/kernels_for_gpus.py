@@ -6,11 +6,14 @@ process of its own. This module uses internals of torch 2.13 and Triton 3.7.
 """
 
 import atexit
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
 import weakref
-from collections import Counter
+from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -30,6 +33,7 @@ fake_gpu.install()  # right after the import of torch
 import triton  # noqa: E402
 from triton.backends import Backend, backends  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import sm_arch_from_capability  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 DISASSEMBLED = (80, 120)
@@ -38,7 +42,7 @@ DISASSEMBLED = (80, 120)
 For the others, Triton stops at the PTX. Making and reading machine code takes longer than making the PTX.
 """
 _INSTRUCTION = re.compile(r"^\s+(?:@!?%p\d+\s+)?([a-z][\w.]*)", re.MULTILINE)
-_MACHINE_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*)", re.MULTILINE)
+_MACHINE_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,13 @@ class Code:
         name: name of the kernel.
         architecture: number of the architecture, for example 90 for sm_90.
         ptx: the instructions of the PTX, with all their modifiers.
-        machine: the machine instructions that round floats, with their operands. ptxas may make instructions that the
-            PTX does not have, for example a fused multiply-add. Empty for architectures that are not in DISASSEMBLED.
+        binary: the bytes of the machine instructions. Empty for architectures that are not in DISASSEMBLED.
     """
 
     name: str
     architecture: int
     ptx: frozenset[str]
-    machine: frozenset[str]
+    binary: bytes
 
 
 @dataclass
@@ -253,17 +256,47 @@ def _compile(gpu: Gpu, kernel: Any) -> None:
 
 
 def code_of(name: str, architecture: int, made: Any) -> Code:
-    """Read the instructions of a compiled Triton kernel."""
+    """Read the code of a compiled Triton kernel."""
     ptx = made.asm["ptx"]
     body = ptx[ptx.index("{") :]
-    machine = _machine_code(made.asm["cubin"]) if architecture in DISASSEMBLED else frozenset[str]()
-    return Code(name, architecture, frozenset(_INSTRUCTION.findall(body)), machine)
+    binary = _instructions(made.asm["cubin"]) if architecture in DISASSEMBLED else b""
+    return Code(name, architecture, frozenset(_INSTRUCTION.findall(body)), binary)
 
 
-def _machine_code(binary: bytes) -> frozenset[str]:
+def _instructions(cubin: bytes) -> bytes:
+    """Return the machine code in an ELF file for a GPU, which is its only section of text."""
+    (table,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + size * index) for index in range(count)]
+    titles = cubin[sections[names][4] :]
+    (text,) = (each for each in sections if titles.startswith(b".text.", each[0]))
+    return cubin[text[4] : text[4] + text[5]]
+
+
+def machine_code(codes: Sequence[Code]) -> list[frozenset[str]]:
+    """Return the machine instructions of each kernel, with their operands.
+
+    ptxas may make instructions that the PTX does not have, for example a fused multiply-add.
+    """
+    found: list[set[str]] = [set() for _ in codes]
+    by_architecture = defaultdict[int, list[int]](list)
+    for index, code in enumerate(codes):
+        if code.binary:
+            by_architecture[code.architecture].append(index)
+    for architecture, indices in by_architecture.items():
+        starts = [0, *itertools.accumulate(len(codes[index].binary) for index in indices)]
+        for address, instruction in _disassemble(architecture, b"".join(codes[index].binary for index in indices)):
+            found[indices[bisect_right(starts, address) - 1]].add(instruction)
+    return [frozenset(each) for each in found]
+
+
+def _disassemble(architecture: int, instructions: bytes) -> list[tuple[int, str]]:
+    """Return address and text of each instruction. The tool takes 0.2 s to start, so it gets all kernels at once."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(instructions)
         file.flush()
-        text = subprocess.run([str(tool), "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout
-    return frozenset(f"{name} {operands}".strip() for name, operands in _MACHINE_INSTRUCTION.findall(text))
+        model = sm_arch_from_capability(architecture).replace("sm_", "SM")
+        command = [str(tool), "--binary", model, "-c", "-ndf", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = _MACHINE_INSTRUCTION.findall(text)
+    return [(int(address, 16), f"{name} {operands}".strip()) for address, name, operands in found]
