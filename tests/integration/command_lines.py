@@ -6,6 +6,7 @@ object for each command line.
 
 import gc
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 
 from pipeline import __main__ as program
 from pipeline.config import Sharding, TrainConfig
-from pipeline.models import loading, losses, saving, sharding
+from pipeline.models import loading, losses, saving, sharding, zero_checkpoints
 from pipeline.models.references import ModelRef
 from pipeline.runs.artifacts import Kind
 from pipeline.runs.processes import is_main_process, process_count
@@ -71,6 +72,15 @@ def use_gloo_alone() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__ = {}
+
+
+def convert_in_forks() -> None:
+    """Let DeepSpeed's converter of checkpoints start as a fork of a process that has imported torch."""
+    import forks
+
+    # The program lets the converter use all cores. The server refuses other variables than it was started with.
+    threads = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"
+    zero_checkpoints.module_command = lambda *command: ["env", threads, *forks.interpreter(), "-m", *command]
 
 
 def measure_share(model: nn.Module) -> float:
@@ -146,6 +156,7 @@ def main(file: Path) -> None:
     lines = [Line(**line) for line in json.loads(file.read_text(encoding="utf-8"))]
     if any(argument.startswith("sharding=zero") for line in lines for argument in line.arguments):
         use_gloo_alone()
+        convert_in_forks()
     for line in lines:
         outcome = run(line)
         if is_main_process():
