@@ -8,6 +8,7 @@ The pretended GPU finds tensors on the wrong device, host syncs, and errors in c
 wrong CUDA kernels, a lack of memory, or slow code. It changes the whole process, so use it in a process of its own.
 """
 
+import functools
 import sys
 import threading
 from collections import Counter
@@ -21,7 +22,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pipeline.doctor import fake_gpu
 from pipeline.models import sink_attention
@@ -187,8 +187,7 @@ _WAITS = {
 def _dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> object:
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
-    flat, layout = tree_flatten((args, kwargs))
-    tensors = [each for each in flat if isinstance(each, Tensor)]
+    tensors = _tensors([*args, *kwargs.values()])
     has_gpu = any(isinstance(each, PretendedTensor) for each in tensors)
     asked = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     if not has_gpu and (asked is None or asked.type != "cuda"):
@@ -197,23 +196,40 @@ def _dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> object:
         _refuse_mixed_devices(func, args, tensors)
     _note_wait(func, args, kwargs)
     _refuse_generator_of_the_cpu(kwargs)
-    bare_args, bare_kwargs = tree_unflatten([_bare(each) for each in flat], layout)
+    bare_args, bare_kwargs = _bare(args), {name: _bare(value) for name, value in kwargs.items()}
     if asked is not None:
         bare_kwargs["device"] = _CPU
     found = _compute(func, bare_args, bare_kwargs)
     is_on_gpu = isinstance(args[0], PretendedTensor) if func is _aten.copy_.default else _on_gpu(asked)
-    return _with_written(func, args, kwargs, tree_map(_wrap, found) if is_on_gpu else found)
+    return _with_written(func, args, kwargs, _wrap(found) if is_on_gpu else found)
 
 
 def _on_gpu(asked: torch.device | None) -> bool:
     return asked is None or asked.type == "cuda"
 
 
+# Operators get and return tensors, numbers and lists of them. torch's functions for trees take longer than operators.
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
+
+
 def _bare(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_bare, value))
     return value.held if isinstance(value, PretendedTensor) else value
 
 
 def _wrap(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_wrap, value))
     return PretendedTensor(value) if isinstance(value, Tensor) and not isinstance(value, PretendedTensor) else value
 
 
@@ -252,11 +268,11 @@ def _with_written(func: Any, args: Sequence[Any], kwargs: dict[str, Any], found:
     """Let an operation that writes to an argument, such as `add_`, return this argument and not a new tensor."""
     if torch.Tag.inplace_view in func.tags and (args[0].shape, args[0].stride()) != (found.shape, found.stride()):
         raise NotImplementedError(f"{func} changes the shape of a tensor in place")
+    places = _places_of_written(func)
+    if not places:
+        return found
     written = {
-        name: kwargs.get(argument.name, args[place] if place < len(args) else None)
-        for place, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-        for name in argument.alias_info.before_set
+        name: kwargs.get(argument, args[place] if place < len(args) else None) for name, place, argument in places
     }
     aliases = [result.alias_info for result in func._schema.returns]
     kept = [next((written[n] for n in (a.before_set if a else ()) if n in written), None) for a in aliases]
@@ -265,6 +281,17 @@ def _with_written(func: Any, args: Sequence[Any], kwargs: dict[str, Any], found:
     if any(each is not None for each in kept):
         return tuple(new if old is None else old for new, old in zip(found, kept, strict=True))
     return found
+
+
+@functools.cache
+def _places_of_written(func: Any) -> list[tuple[str, int, str]]:
+    """Return alias set, place and name of each argument that an operation writes to."""
+    return [
+        (name, place, argument.name)
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for name in argument.alias_info.before_set
+    ]
 
 
 def _refuse_mixed_devices(func: Any, args: Sequence[Any], tensors: list[Tensor]) -> None:
