@@ -15,10 +15,11 @@ undecided for the other four. Most errors confuse two closely related languages.
 import copy
 import re
 from collections import Counter
-from functools import cache
+from functools import cache, cached_property
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
+from pipeline.config.languages import NAMES
 from pipeline.errors import UserError, did_you_mean
 
 UNDECIDED = "undecided"
@@ -61,15 +62,15 @@ class Languages:
             UserError: the classifier does not know some codes. The error names all unknown codes.
         """
         self._candidates = candidates
-        self._identifier = copy.copy(_every_language())
-        unknown = sorted(set(candidates) - set(self._identifier.labels))
-        if unknown:
-            close = did_you_mean(unknown[0], self._identifier.labels)
-            raise UserError(
-                f"{key}: {', '.join(map(repr, unknown))}: not known to py3langid.{close} Use ISO 639-1 codes,"
-                " such as en, de, zh."
-            )
-        self._identifier.set_languages(candidates)
+        if not set(candidates) <= set(NAMES.values()):  # the classifier knows these
+            _raise_if_unknown(candidates, key)
+
+    @cached_property
+    def _identifier(self) -> LanguageIdentifier:
+        """The classifier. Many data sets have no text that is long enough for it, and loading it takes time."""
+        identifier = copy.copy(_every_language())
+        identifier.set_languages(self._candidates)
+        return identifier
 
     def of(self, text: str) -> str:
         """Return the code of the language with at least two thirds of the votes, or MIXED, or UNDECIDED."""
@@ -89,6 +90,15 @@ class Languages:
 def _every_language() -> LanguageIdentifier:
     """Load the classifier once, because that takes a quarter of a second. Choose languages only for copies of it."""
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)  # confidences are probabilities
+
+
+def _raise_if_unknown(candidates: list[str], key: str) -> None:
+    known = _every_language().labels
+    if unknown := sorted(set(candidates) - set(known)):
+        raise UserError(
+            f"{key}: {', '.join(map(repr, unknown))}: not known to py3langid.{did_you_mean(unknown[0], known)} Use"
+            " ISO 639-1 codes, such as en, de, zh."
+        )
 
 
 def _join_short(sentences: list[str]) -> list[str]:

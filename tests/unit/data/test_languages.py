@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipeline.config.languages import NAMES
 from pipeline.data.languages import MIXED, UNDECIDED, Languages
 from pipeline.errors import UserError
 
@@ -63,6 +64,10 @@ def test_a_quoted_sentence_does_not_decide(languages: Languages) -> None:
 
 def test_only_declared_languages_are_returned() -> None:
     assert Languages(["en", "de"], "doctor.languages").of(SENTENCES["fr"]) in ("en", "de", MIXED)
+
+
+def test_the_classifier_knows_every_language_that_has_a_name() -> None:
+    assert Languages(list(NAMES.values()), "config.languages.NAMES").of(SENTENCES["de"]) == "de"
 
 
 def test_unknown_codes_are_named_together_with_their_setting() -> None:
