@@ -14,7 +14,7 @@ from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from pipeline.__main__ import CONF_DIR
+from pipeline.config.composition import CONF_DIR
 
 _Sources = tuple[tuple[str, str], ...]
 _load, _merge = ConfigRepository.load_config, ConfigLoaderImpl._compose_config_from_defaults_list

@@ -16,6 +16,7 @@ import pytest
 from allowed_skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401 - hooks
 from chat_server import Server
 from composing import composed_once, composed_quickly
+from fork_server import skip_syncs
 
 # More threads would slow down work on such small tensors. torch reads OMP_NUM_THREADS at import, so set it first.
 # Processes that tests start inherit the variable.
@@ -145,6 +146,14 @@ def outcomes(run_dir: Path) -> set[str]:
 def quick_composition() -> Iterator[None]:
     """Calls of the library, and functions that compose a configuration, are as quick as `run_program`."""
     with composed_quickly():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waits_for_the_disk() -> Iterator[None]:
+    """Files are not synced. Tests that check syncs replace os.fsync, and tests/faults runs commands that sync."""
+    with pytest.MonkeyPatch.context() as patched:
+        skip_syncs(patched.setattr)
         yield
 
 

@@ -11,6 +11,8 @@ killed, the command is killed too. Tests start servers and clients with tests/fo
 Without a kind, the program is imported after the fork, so a command runs the code of its own directory. Libraries read
 some environment variables while they are imported. If one of these differs between client and server, the client runs
 the command in a new interpreter.
+
+Commands do not wait for the disk (see `skip_syncs`), except with --program, because tests/faults cuts the power.
 """
 
 import json
@@ -18,7 +20,8 @@ import os
 import signal
 import socket
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 _LIBRARIES = (
@@ -35,6 +38,14 @@ _READ_AT_IMPORT = (
 _NEW_INTERPRETER = b"\xff"
 _SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 """Signals that a client passes on to its command."""
+
+
+def skip_syncs(patch: Any) -> None:
+    """Let os.fsync return at once. `patch` sets an attribute, as `setattr` does.
+
+    A sync takes some milliseconds, and a run of all stages has 300. Only a power cut can show that one was left out.
+    """
+    patch(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)  # an error if the file is not open
 
 
 # --- client -----------------------------------------------------------------------------------------------------------
@@ -146,7 +157,8 @@ def _run(order: dict[str, Any], files: list[int]) -> NoReturn:
     status: object = 0
     try:
         if is_module:
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+            with _composed_quickly(*sys.argv):
+                runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
@@ -161,12 +173,27 @@ def _run(order: dict[str, Any], files: list[int]) -> NoReturn:
     os._exit(status if isinstance(status, int) else int(status is not None))
 
 
+@contextmanager
+def _composed_quickly(module: str, *arguments: str) -> Iterator[None]:
+    """Let the program compose its configuration as in `conftest.run_program`."""
+    if module != "pipeline":
+        yield
+        return
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    from composing import composed_once
+
+    sys.path.pop()
+    with composed_once(arguments):
+        yield
+
+
 def _serve_on_gpu(path: str) -> None:
     sys.path.insert(1, os.path.dirname(sys.path[0]))  # the program, for `pretended_gpu`
     os.environ["TRITON_INTERPRET"] = "1"  # TRL's kernels then run on the CPU; Triton reads the variable at import
     import torch
     from pretended_gpu import gpu
 
+    skip_syncs(setattr)
     torch.set_num_threads(1)
     with gpu():
         # A new interpreter has no pretended GPU, so this server runs every command.
@@ -184,6 +211,7 @@ def main() -> None:
         sys.path.insert(1, os.path.dirname(sys.path[0]))
         serve(path, (*_LIBRARIES, *_OF_THE_PROGRAM), may_refuse=True)
     else:
+        skip_syncs(setattr)
         serve(path, _LIBRARIES, may_refuse=True)
 
 
