@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 from conftest import run_program
-from pages import EXTENDING, PAGES, ROOT, Block, copy_checkout, program_arguments, read_blocks, run_block
+from pages import EXTENDING, PAGES, ROOT, Block, copy_checkout, program_arguments, read_blocks, run_block, use_forks
 
 README = ROOT / "README.md"
 SHELL = [block for page in PAGES for block in read_blocks(page) if block.language == "bash" and page != EXTENDING]
 MARKS = {f".needs-{what}" for what in ("gpu", "internet", "engine", "interruption", "time", "files")} | {".runs-tests"}
 """These tests do not run blocks that have one of these marks."""
 RUNNING = [block for block in SHELL if not block.marks]
+FOLLOWED = (README.name, "index.md")
+"""Pages whose commands make the runs that other pages use."""
 
 
 @pytest.fixture
@@ -32,15 +34,20 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A checkout in which the commands of README and of the first page have run, and the text that README's printed."""
+    """A checkout in which the commands of README and of the first page have run, and the text that README's printed.
+
+    README's first commands, those of the demonstration, run in new interpreters. All others run in forks.
+    """
     checkout = copy_checkout(tmp_path_factory.mktemp("readme") / "checkout")
     shown = "\n".join(block.text for block in read_blocks(README) if block.language == "json")
     rows = [shown.replace("12", str(number)) for number in range(40)]
     (checkout / "chats.jsonl").write_text("".join(rows), encoding="utf-8")
-    printed = "".join(run_block(block, checkout) for block in RUNNING if block.page == README)
-    for block in RUNNING:
-        if block.page.name == "index.md":
-            run_block(block, checkout)
+    first, *others = [block for name in FOLLOWED for block in RUNNING if block.page.name == name]
+    printed = run_block(first, checkout)
+    use_forks(checkout)
+    for block in others:
+        output = run_block(block, checkout)
+        printed += output if block.page == README else ""
     return checkout, printed
 
 
@@ -57,13 +64,14 @@ def test_scripts_that_pages_name_exist() -> None:
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
-def test_the_readme_runs_from_top_to_bottom(followed: tuple[Path, str]) -> None:
+def test_the_readme_and_the_first_page_run_from_top_to_bottom(followed: tuple[Path, str]) -> None:
     checkout, printed = followed
-    assert (checkout / "runs" / "demo" / "export" / "artifact.json").is_file()
+    for run in ("demo", "try", "smoke"):
+        assert (checkout / "runs" / run / "compare" / "artifact.json").is_file()
     assert "[verify] ok " in printed and "[compare]" in printed
 
 
-@pytest.mark.parametrize("page", sorted({block.page.name for block in RUNNING} - {README.name}))
+@pytest.mark.parametrize("page", sorted({block.page.name for block in RUNNING} - {*FOLLOWED}))
 def test_a_page_runs_from_top_to_bottom(page: str, followed: tuple[Path, str], tmp_path: Path) -> None:
     checkout = shutil.copytree(followed[0], tmp_path / "checkout", symlinks=True)
     for block in RUNNING:
