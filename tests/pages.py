@@ -133,6 +133,7 @@ def _shorten_demo(recipe: Path) -> None:
         ("controls: true", "controls: false"),
         ("max_samples: 900", "max_samples: 96"),
         ("max_samples: 200", "max_samples: 16"),
+        ("evaluate:\n", "evaluate:\n  max_samples: 24\n"),
     ):
         assert text.count(before) == 1, before
         text = text.replace(before, after)
