@@ -108,6 +108,14 @@ def edited(documents: Any, choices: Choices) -> Any:
     return document
 
 
+def _dumped(document: Any) -> str:
+    """Return a document as JSON. Python's own encoder fails on a value that is nested deeper than its stack."""
+    try:
+        return json.dumps(document)
+    except RecursionError:
+        return "[" * 100_000
+
+
 def _edit(value: Any, choices: Choices) -> Any:
     if isinstance(value, (dict, list)) and value and choices.number(5):
         places = list(value) if isinstance(value, dict) else range(len(value))
@@ -144,7 +152,7 @@ def _any_value(choices: Choices) -> Any:
 
 def _text(documents: Any, choices: Choices) -> bytes:
     """Return a document with edits as JSON, in which bytes may be replaced or cut off."""
-    text = bytearray(json.dumps(edited(documents, choices)).encode("utf-8", "surrogatepass"))
+    text = bytearray(_dumped(edited(documents, choices)).encode("utf-8", "surrogatepass"))
     for _ in range(choices.number(3)):
         text[choices.number(256) * 7 % len(text)] = choices.number(256)
     return bytes(text[: len(text) * choices.number(8) // 7] if choices.number(10) == 9 else text)

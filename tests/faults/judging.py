@@ -18,6 +18,7 @@ _TIMES = re.compile(r"second|runtime|_per_|duration|time|memory|peak|rate_of_dis
 _COMPARED_OF_ARTIFACT = ("stage", "kind", "format", "fake_quantized", "scale_rule", "fingerprint", "files", "details")
 IS_WORK = re.compile(r"/(unfinished|shards)\.json$|/checkpoints/")
 """Files for an unfinished stage. They may be left beside artifact.json, until the same command runs again."""
+_LOST_CONNECTION = re.compile(r"error( on process \d+)?: the connection to another process was lost\.")
 _ADVICE = re.compile(r"(?<!without )overwrite=true")
 
 
@@ -162,9 +163,13 @@ class Bench:
 
 
 def _is_clean(ended: Ended) -> bool:
-    """Whether a command ended with one message, as a mistake of the user or a failure of the machine does."""
-    messages = re.findall(r"^error\b", ended.output, re.MULTILINE)
-    return ended.status in (1, 2) and len(messages) == 1 and "Traceback" not in ended.output
+    """Whether a command ended with one message, as a mistake of the user or a failure of the machine does.
+
+    Another process of the group may also say that it lost the connection. It cannot know whether the first one spoke.
+    """
+    messages = re.findall(r"^error\b.*", ended.output, re.MULTILINE)
+    causes = [message for message in messages if not _LOST_CONNECTION.match(message)]
+    return ended.status in (1, 2) and len(causes or messages) == 1 and "Traceback" not in ended.output
 
 
 def contents(run_dir: Path, scenario: Scenario) -> dict[str, bytes]:
