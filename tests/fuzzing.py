@@ -108,14 +108,6 @@ def edited(documents: Any, choices: Choices) -> Any:
     return document
 
 
-def _dumped(document: Any) -> str:
-    """Return a document as JSON. Python's own encoder fails on a value that is nested deeper than its stack."""
-    try:
-        return json.dumps(document)
-    except RecursionError:
-        return "[" * 100_000
-
-
 def _edit(value: Any, choices: Choices) -> Any:
     if isinstance(value, (dict, list)) and value and choices.number(5):
         places = list(value) if isinstance(value, dict) else range(len(value))
@@ -148,6 +140,14 @@ def _any_value(choices: Choices) -> Any:
     if kind == 5:
         return [[[_any_value(choices)]]]
     return choices.rest().decode("utf-8", "replace")
+
+
+def _dumped(document: Any) -> str:
+    """Return a document as JSON. Python's own encoder fails on a value that is nested deeper than its stack."""
+    try:
+        return json.dumps(document)
+    except RecursionError:
+        return "[" * 100_000
 
 
 def _text(documents: Any, choices: Choices) -> bytes:

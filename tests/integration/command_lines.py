@@ -154,10 +154,12 @@ def main(file: Path) -> None:
     program._SECONDS_FOR_THE_MAIN_PROCESS = 0
     saving.SHARD_BYTES = 300_000  # a tiny model is then saved in several shards
     lines = [Line(**line) for line in json.loads(file.read_text(encoding="utf-8"))]
-    if any(argument.startswith("sharding=zero") for line in lines for argument in line.arguments):
+    uses_zero = any(argument.startswith("sharding=zero") for line in lines for argument in line.arguments)
+    if uses_zero:
         use_gloo_alone()
-        convert_in_forks()
-    for line in lines:
+    for number, line in enumerate(lines):
+        if uses_zero and number == 1:  # a conversion of the first line starts a new interpreter, as a user's does
+            convert_in_forks()
         outcome = run(line)
         if is_main_process():
             with Path(f"{file}.outcomes").open("a", encoding="utf-8") as outcomes:

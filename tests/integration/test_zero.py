@@ -42,7 +42,7 @@ def shared(one: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         begin(case, one.directory, runs.of(case))
         begun.append(case.line(runs.of(case), 2, 3, interrupted_at=4 if RISING[0] in case.more else 2))
     for case in (*STAYED, KEPT):
-        ended.append(case.line(runs.of(case), 6, 1))
+        ended.append(case.line(runs.of(case), 2, 3))
     outcomes = launch_lines(runs.directory / "two", 2, [*begun, *ended])
     assert {outcome["status"] for outcome in outcomes[: len(begun)]} == {130}
     moving = [case.line(runs.of(case), 2, 2) for case in (*MOVED, KEPT_MOVED)]
