@@ -16,7 +16,6 @@ from pipeline.errors import user_errors
 from pipeline.runs import artifacts, compared, exports
 from pipeline.runs.artifacts import (
     ARTIFACT_FILE,
-    CONFIG_FILE,
     EVALUATED_STAGES,
     MODEL_STAGES,
     Artifact,
@@ -25,6 +24,7 @@ from pipeline.runs.compared import evaluate_command
 from pipeline.runs.exports import Export
 from pipeline.runs.paths import absolute
 from pipeline.runs.run import Run
+from pipeline.runs.yaml_files import value_at
 
 _EVALUATE = Stage.evaluate.name
 _MADE_ON = ("git_commit", "libraries", "python", "device", "processes")
@@ -121,10 +121,7 @@ class EvaluatedRun:
 
     @cached_property
     def _shared(self) -> str | None:
-        from omegaconf import OmegaConf
-
-        config = OmegaConf.load(self.directory / _EVALUATE / CONFIG_FILE)
-        return OmegaConf.select(config, _SHARED)
+        return value_at(artifacts.read_config(self.directory / _EVALUATE), _SHARED)
 
 
 def distinct_runs(runs: list[EvaluatedRun], stage: str) -> list[tuple[EvaluatedRun, str]]:

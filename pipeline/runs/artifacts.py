@@ -24,6 +24,7 @@ from pipeline.runs.foreign_files import parse_json
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.records import Record, StageRecord
 from pipeline.runs.settings import Settings
+from pipeline.runs.yaml_files import read_yaml
 
 ARTIFACT_FILE = "artifact.json"
 CONFIG_FILE = "config.yaml"
@@ -168,6 +169,19 @@ def load(directory: Path, check_files: bool = True, remedy: str | None = None) -
     if check_files:
         _read[directory] = artifact
     return artifact
+
+
+def read_config(directory: Path) -> Any:
+    """Return the content of config.yaml in a stage's directory.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = directory / CONFIG_FILE
+    try:
+        return read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). {advise_rebuild(directory)}") from error
 
 
 def advise_rebuild(directory: Path) -> str:

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from pipeline.config import ArtifactCheck, Stage, rebuilds
 from pipeline.config.secrets import without_secrets
 from pipeline.errors import MachineError, UserError
@@ -53,6 +51,7 @@ from pipeline.runs.processes import all_cores, is_main_process, on_main_process,
 from pipeline.runs.run import BEING_EMPTIED, Run, write_unfinished
 from pipeline.runs.settings import Settings, plain
 from pipeline.runs.tracking import log_inputs, log_output, track
+from pipeline.runs.yaml_files import as_yaml
 
 
 @dataclass(frozen=True)
@@ -287,7 +286,7 @@ def _prepare(task: _Task, directory: Path) -> None:
                 _empty(directory)  # The earlier result has other inputs, and the user has set overwrite=true.
             write_unfinished(directory, task.begun.plain())
         sync_names(directory, run.directory)
-        OmegaConf.save(OmegaConf.create(plain(run.config)), directory / CONFIG_FILE)
+        (directory / CONFIG_FILE).write_text(as_yaml(plain(run.config)), encoding="utf-8")
     except OSError as error:
         raise run.not_writable(directory, error) from error
 

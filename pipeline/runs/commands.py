@@ -15,6 +15,7 @@ from pipeline.config.secrets import has_secret
 from pipeline.runs import launches, own_settings
 from pipeline.runs.paths import absolute
 from pipeline.runs.settings import choose_settings
+from pipeline.runs.yaml_files import read_yaml, value_at
 
 _CHOOSES_PLACE = ("stage", "run_dir", "overwrite")
 _ASKED = {
@@ -100,13 +101,11 @@ def recorded(directory: Path, stage: Stage) -> list[str]:
 
     Without a readable config.yaml there are none. The stage is then damaged, and its other files do not say it either.
     """
-    import yaml
-
     if stage not in _RECORDED:
         return []
     try:
-        made = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        made = read_yaml(directory / "config.yaml")
+    except (OSError, ValueError):
         return []
     keys = _ASKED[stage]
     defaults = choose_settings(PipelineConfig(), keys)
@@ -119,9 +118,7 @@ def recorded(directory: Path, stage: Stage) -> list[str]:
 
 def _flat(key: str, made: Any) -> Iterator[tuple[str, object]]:
     """Yield the settings under a dotted key of a config.yaml, each with its key. A damaged file may lack them."""
-    value = made
-    for name in key.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+    value = value_at(made, key)
     if isinstance(value, dict):
         yield from ((f"{key}.{name}", each) for name, each in value.items())
     elif value is not None:

@@ -21,6 +21,7 @@ from pipeline.config.secrets import has_secret
 from pipeline.errors import UserError
 from pipeline.runs.durable import write_text
 from pipeline.runs.settings import BLEND
+from pipeline.runs.yaml_files import as_yaml, read_yaml
 
 RECORD_FILE = "command.yaml"
 
@@ -60,11 +61,9 @@ def read(run_dir: Path) -> OwnSettings | None:
     Raises:
         UserError: command.yaml cannot be read, or has another form.
     """
-    import yaml
-
     path = run_dir / RECORD_FILE
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = read_yaml(path)
         overrides, directory, more = found["overrides"], found["working_directory"], found["config_dir"]
         if not _are_overrides(overrides) or not isinstance(directory, str) or not isinstance(more, str | None):
             raise ValueError("a value has the wrong type")
@@ -72,7 +71,7 @@ def read(run_dir: Path) -> OwnSettings | None:
         return None
     except KeyError as error:
         raise _unreadable(path, f"{error.args[0]} is missing") from error
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise _unreadable(path, str(error).splitlines()[0]) from error
     here = {override: from_here(override, Path(directory)) for override in overrides}
     moved = tuple(key_of(override) for override in overrides if here[override] != override)
@@ -119,16 +118,13 @@ def _unreadable(path: Path, reason: str) -> UserError:
 
 def write(run_dir: Path, own: OwnSettings) -> None:
     """Replace the recorded settings of a run."""
-    import yaml
-
     run_dir.mkdir(parents=True, exist_ok=True)
     content = {
         "overrides": list(own.overrides.values()),
         "working_directory": own.working_directory,
         "config_dir": own.config_dir,
     }
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
-    write_text(run_dir / RECORD_FILE, _HEADER + text)
+    write_text(run_dir / RECORD_FILE, _HEADER + as_yaml(content, width=1000))
 
 
 def recordable(given: dict[str, str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pipeline.runs import own_settings
 from pipeline.runs.artifacts import CONFIG_FILE, MODEL_STAGES
 from pipeline.runs.own_settings import RECORD_FILE, OwnSettings
 from pipeline.runs.paths import absolute
+from pipeline.runs.yaml_files import read_yaml, value_at
 
 _CONFIG_DIR = ("--config-dir", "-cd")
 _SWEEP = ("-m", "--multirun")
@@ -94,10 +95,8 @@ def _config_files(directory: Path) -> Iterator[Path]:
 
 
 def _recipe_in(path: Path) -> str | None:
-    import yaml
-
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))["recipe"]
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        recipe = value_at(read_yaml(path), "recipe")
+    except (OSError, ValueError):
         return None
     return recipe if isinstance(recipe, str) else None

@@ -10,17 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from pipeline.config import ModelConfig, Stage
 from pipeline.config.controls import DIRECTORY
 from pipeline.config.secrets import without_secrets
 from pipeline.runs import controls, exports, parts
-from pipeline.runs.artifacts import ARTIFACT_FILE, CONFIG_FILE, MODEL_STAGES, Artifact, Kind, load
+from pipeline.runs.artifacts import ARTIFACT_FILE, CONFIG_FILE, MODEL_STAGES, Artifact, Kind, load, read_config
 from pipeline.runs.paths import absolute
 from pipeline.runs.run import START, Run
 from pipeline.runs.trackers.readings import split
 from pipeline.runs.trackers.tracker import DATASET, MODEL, MODEL_FILES, REPORT, Item
+from pipeline.runs.yaml_files import value_at
 
 _OTHER_NAMES: Mapping[str, tuple[Stage, ...]] = {"model": MODEL_STAGES}
 """Parents of export that are a stage's model under another name."""
@@ -127,7 +126,6 @@ def _part_of(artifact: Artifact) -> list[str]:
 def _name_of_run(artifact: Artifact) -> str:
     """Return the name of the run that made a stage. A control or a sweep may use a stage of another run."""
     origin = replace(artifact, directory=artifact.directory.resolve())
-    path = origin.directory / CONFIG_FILE
-    made_with = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
-    named = (OmegaConf.select(made_with, key) for key in ("tracking.name", "recipe"))
+    made_with = read_config(origin.directory) if (origin.directory / CONFIG_FILE).is_file() else None
+    named = (value_at(made_with, key) for key in ("tracking.name", "recipe"))
     return str(next((name for name in named if name), origin.run_directory.name))
