@@ -17,6 +17,7 @@ from allowed_skips import pytest_sessionfinish, pytest_terminal_summary  # noqa:
 from chat_server import Server
 from composing import composed_once, composed_quickly
 from fork_server import skip_syncs
+from shared_tables import share_tables
 
 # More threads would slow down work on such small tensors. torch reads OMP_NUM_THREADS at import, so set it first.
 # Processes that tests start inherit the variable.
@@ -154,6 +155,14 @@ def no_waits_for_the_disk() -> Iterator[None]:
     """Files are not synced. Tests that check syncs replace os.fsync, and tests/faults runs commands that sync."""
     with pytest.MonkeyPatch.context() as patched:
         skip_syncs(patched.setattr)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_tables() -> Iterator[None]:
+    """Runs of this process, and of commands that it starts, share large tables of rows."""
+    with pytest.MonkeyPatch.context() as patched:
+        share_tables(patched.setattr, forks.shared_directory())
         yield
 
 

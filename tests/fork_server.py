@@ -12,7 +12,8 @@ Without a kind, the program is imported after the fork, so a command runs the co
 some environment variables while they are imported. If one of these differs between client and server, the client runs
 the command in a new interpreter.
 
-Commands do not wait for the disk (see `skip_syncs`), except with --program, because tests/faults cuts the power.
+Commands do not wait for the disk (see `skip_syncs`) and share large tables (see shared_tables.py), except with
+--program, because tests/faults cuts the power and disturbs each call that writes.
 """
 
 import json
@@ -187,13 +188,23 @@ def _composed_quickly(module: str, *arguments: str) -> Iterator[None]:
         yield
 
 
+def _spare(path: str) -> None:
+    """Spare commands the waits for the disk, and the making of large tables."""
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    from shared_tables import share_tables
+
+    sys.path.pop()
+    skip_syncs(setattr)
+    share_tables(setattr, os.path.dirname(path))
+
+
 def _serve_on_gpu(path: str) -> None:
     sys.path.insert(1, os.path.dirname(sys.path[0]))  # the program, for `pretended_gpu`
     os.environ["TRITON_INTERPRET"] = "1"  # TRL's kernels then run on the CPU; Triton reads the variable at import
     import torch
     from pretended_gpu import gpu
 
-    skip_syncs(setattr)
+    _spare(path)
     torch.set_num_threads(1)
     with gpu():
         # A new interpreter has no pretended GPU, so this server runs every command.
@@ -211,7 +222,7 @@ def main() -> None:
         sys.path.insert(1, os.path.dirname(sys.path[0]))
         serve(path, (*_LIBRARIES, *_OF_THE_PROGRAM), may_refuse=True)
     else:
-        skip_syncs(setattr)
+        _spare(path)
         serve(path, _LIBRARIES, may_refuse=True)
 
 

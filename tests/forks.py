@@ -36,6 +36,11 @@ def share() -> None:
     os.environ[_DIRECTORY] = str(directory)
 
 
+def shared_directory() -> str:
+    """Return the directory that the processes of the tests share. It is removed at the end."""
+    return os.environ[_DIRECTORY]
+
+
 def interpreter(kind: str = "cpu", preload: Path | None = None) -> list[str]:
     """Return the command that is used like an interpreter.
 
