@@ -20,7 +20,7 @@ from pipeline.data.harmony import Rendering
 from pipeline.data.rows import CODE, Conversations, Rows, column_of
 from pipeline.data.sampling import Numbers
 from pipeline.data.scripts import Script
-from pipeline.data.sources import digest_of_files
+from pipeline.data.sources import digest_of_code
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import RowProblems, UserError, join_errors
 from pipeline.runs.console import progress, say, warn
@@ -167,7 +167,7 @@ def _tokenize(run: Run, name: str, rows: Rows, numbers: Numbers, *, rendering: R
     """Return a table with all examples of these rows. The table also includes examples without a supervised token."""
     chosen = xxhash.xxh3_128_hexdigest(numbers.tobytes())
     settings = vars(rendering) | {"tokenizer": _fingerprint(rendering.tokenizer)}
-    key = ("examples", rows.fingerprint, chosen, settings, max_length, digest_of_files([*CODE, *_CODE, Path(__file__)]))
+    key = ("examples", rows.fingerprint, chosen, settings, max_length, digest_of_code(*CODE, *_CODE, Path(__file__)))
     return tables.table(
         run,
         key,

@@ -38,7 +38,7 @@ from pipeline.data.conversations import Conversation, ConversationError
 from pipeline.data.json_rows import Unreadable
 from pipeline.data.parsing import parse_conversation
 from pipeline.data.sampling import Numbers
-from pipeline.data.sources import Opened, Source, data_sources, digest_of_files, open_rows
+from pipeline.data.sources import Opened, Source, data_sources, digest_of_code, open_rows
 from pipeline.data.unused import Unused, UnusedCounts
 from pipeline.errors import RowProblems, UserError, join_errors, user_errors
 from pipeline.runs import foreign_files
@@ -234,7 +234,7 @@ def _make_table(run: Run, source: Source) -> tuple[Dataset, bool]:
     settings = (data.path, data.revision, data.split, data.columns, data.roles, data.filter)
     defaults = (source.reasoning_effort, source.reasoning_language)
     use = (source.expected, source.needs_answers)
-    key = ("rows", opened.identity, settings, defaults, use, digest_of_files(CODE))
+    key = ("rows", opened.identity, settings, defaults, use, digest_of_code(*CODE))
     started: list[bool] = []
 
     def rows() -> Iterator[Mapping[str, object]]:

@@ -6,6 +6,7 @@ Each row is returned unchanged, together with its place. Other modules interpret
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import datasets
@@ -139,16 +140,14 @@ def _part(key: str, data: DataConfig, path: str, part: DataPartConfig, weight: f
 def _open_synthetic(source: Source, name: str, directory: Path) -> Opened:
     path, split = f"{SYNTHETIC}{name}", source.data.split
     if name == "arithmetic":
-        return Opened(
-            digest_of_files([Path(synthetic.__file__)]), lambda: number_rows(path, synthetic.arithmetic_rows())
-        )
+        return Opened(digest_of_code(Path(synthetic.__file__)), lambda: number_rows(path, synthetic.arithmetic_rows()))
     if name not in demo_rows.DATA_SETS:
         names = ", ".join(f"{SYNTHETIC}{each}" for each in ("arithmetic", *demo_rows.DATA_SETS))
         raise UserError(f"{source.key}.path={path!r}: no such synthetic data set. Use one of {names}.")
     made = demo_rows.DATA_SETS[name]
     if split not in made.sizes:
         raise UserError(f"{source.key}.split={split!r}: {path} has the splits {', '.join(made.sizes)}.")
-    return Opened(digest_of_files(made.code), lambda: files.read_file(demo_rows.write(directory, name, split), split))
+    return Opened(digest_of_code(*made.code), lambda: files.read_file(demo_rows.write(directory, name, split), split))
 
 
 def _open_file(source: Source, path: Path) -> Opened:
@@ -279,6 +278,12 @@ def digest_of_files(files: list[Path]) -> str:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
     return hashed.hexdigest()
+
+
+@cache
+def digest_of_code(*files: Path) -> str:
+    """Return `digest_of_files` of modules of this program, computed once. A process does not load them again."""
+    return digest_of_files(list(files))
 
 
 def _shown(value: str | None) -> str:

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,14 +87,16 @@ def create_tiny(directory: Path, tiny: TinyConfig, ranks: Path | None = None) ->
     Raises:
         UserError: the vocabulary is too small for the tokenizer.
     """
-    tokenizer = (
-        tiny_tokenizer.train(tiny.vocab_size, tokenizer_corpus())
-        if ranks is None
-        else tiny_tokenizer.make_released(ranks)
-    )
+    tokenizer = _trained_tokenizer(tiny.vocab_size) if ranks is None else tiny_tokenizer.make_released(ranks)
     with appearing(directory) as unfinished:
         config = write_side_files(unfinished, tiny, tokenizer)
         write_weights(unfinished, _pieces(tiny, config), tiny.shard_bytes, "random model")
+
+
+@cache
+def _trained_tokenizer(vocab_size: int) -> "PreTrainedTokenizerFast":
+    """Train the small tokenizer once for each size. A sweep makes the same model for each of its runs."""
+    return tiny_tokenizer.train(vocab_size, tokenizer_corpus())
 
 
 @contextmanager
