@@ -67,6 +67,16 @@ def test_a_job_without_its_model_does_not_use_the_model_of_the_shared_run(tmp_pa
     assert (found(job)[0].lineage, found(job)[0].role) == ({}, "qat")
 
 
+@pytest.mark.parametrize("content", [None, "base_run: [", "base_run: {a: \x07}"])
+def test_a_job_whose_settings_cannot_be_read_is_one_message(tmp_path: Path, content: str | None) -> None:
+    job = evaluated.run(tmp_path / "job", figures={"qat": {"validation_loss": 1.9}}, fingerprints={"qat": "own"})
+    (job / "qat" / "artifact.json").unlink()
+    path = job / "evaluate" / "config.yaml"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UserError, match=f"^{path}: cannot be read .* Run stage=evaluate again with overwrite=true"):
+        found(job)
+
+
 def test_figures_of_groups_are_flat() -> None:
     nested = {"loss": {"de": 1.0}, "by_group": {"fr": {"loss": 2.0, "tokens": 3}}, "perplexity": 4.0}
     assert rows.flatten(nested) == {"loss/de": 1.0, "by_group_loss/fr": 2.0, "by_group_tokens/fr": 3, "perplexity": 4.0}
