@@ -1,4 +1,7 @@
-"""Saves a tiny model with adapters and quantizers in the directory that the command line names."""
+"""Saves a tiny model with adapters and quantizers in the directory that the command line names.
+
+The last line of the output is a hash, which tells the hash seeds of two processes apart.
+"""
 
 import sys
 from pathlib import Path
@@ -24,3 +27,4 @@ def save(directory: Path) -> None:
 
 if __name__ == "__main__":
     save(Path(sys.argv[1]))
+    print(hash("a text"))
