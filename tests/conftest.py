@@ -1,5 +1,6 @@
 """Functions that run the program in this process, and shared fixtures such as finished runs and a chat server."""
 
+import fcntl
 import gc
 import itertools
 import json
@@ -129,6 +130,19 @@ def quantized_runs(
     return make
 
 
+def _run_of_all_processes(recipe: str, *settings: str) -> Path:
+    """Run all stages of a recipe once for all processes of the tests, and return the run directory."""
+    directory = Path(forks.shared_directory(), recipe)
+    directory.mkdir(exist_ok=True)
+    run_dir, made = directory / "run", directory / "made"
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            assert run_program("stage=all", f"recipe={recipe}", f"run_dir={run_dir}", *settings) == 0
+            made.touch()
+    return run_dir
+
+
 def linked(run_dir: Path, source: Path, *stages: str) -> Path:
     """Make a run directory with links to `stages` of the run `source`. Tests must not write to these stages."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -204,19 +218,15 @@ def model(tiny: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def smoke_run() -> Path:
     """A run directory in which all stages of recipe=smoke have run, with few steps. Tests must not write to it."""
-    run_dir = tmp_path_factory.mktemp("smoke") / "run"
-    assert run_program("stage=all", "recipe=smoke", f"run_dir={run_dir}", *SHORT) == 0
-    return run_dir
+    return _run_of_all_processes("smoke", *SHORT)
 
 
 @pytest.fixture(scope="session")
-def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lora_run() -> Path:
     """A run directory of recipe=smoke_lora with adapters on layer 1 alone. Tests must not write to it."""
-    run_dir = tmp_path_factory.mktemp("smoke_lora") / "run"
-    assert run_program("stage=all", "recipe=smoke_lora", f"run_dir={run_dir}", *SHORT, *ONE_LAYER) == 0
-    return run_dir
+    return _run_of_all_processes("smoke_lora", *SHORT, *ONE_LAYER)
 
 
 @pytest.fixture
