@@ -9,6 +9,7 @@ from multiprocessing import connection
 from typing import Any, TypeVar
 
 from pipeline.config.secrets import without_secrets
+from pipeline.runs import stopping
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -31,7 +32,8 @@ def run(function: Callable[[Request], Result], requests: Sequence[Request], *, a
         while waiting and len(running) < at_once:
             number, request = waiting.pop(0)
             receive, send = context.Pipe(duplex=False)
-            context.Process(target=_report, args=(send, function, request)).start()
+            with stopping.postponed() as end_postponement:
+                context.Process(target=_report, args=(end_postponement, send, function, request)).start()
             send.close()  # so that the end of the fork closes the pipe
             running[receive] = number
         for ready in connection.wait(list(running)):
@@ -39,7 +41,13 @@ def run(function: Callable[[Request], Result], requests: Sequence[Request], *, a
     return [results[number] for number in range(len(requests))]
 
 
-def _report(send: connection.Connection, function: Callable[[Request], object], request: Request) -> None:
+def _report(
+    end_postponement: Callable[[], None],
+    send: connection.Connection,
+    function: Callable[[Request], object],
+    request: Request,
+) -> None:
+    end_postponement()
     try:
         send.send(function(request))
     except Exception as error:  # noqa: BLE001 - every error is the reason why there is no result

@@ -18,6 +18,8 @@ from multiprocessing import Pipe, connection
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
+from pipeline.runs import stopping
+
 Request = TypeVar("Request")
 _PAGE = resource.getpagesize()
 _SIZE = Path("/proc/self/statm")
@@ -112,7 +114,8 @@ class LimitedFunction(Generic[Request]):
 
     def _ask(self, request: Request, seconds: float) -> bytes:
         if self._fork is None or self._owner != os.getpid():  # a fork of this process must not share its pipe
-            self._fork, self._owner = self._start(), os.getpid()
+            with stopping.postponed():
+                self._fork, self._owner = self._start(), os.getpid()
         number, pipe = self._fork
         try:
             pipe.send((request, seconds))

@@ -6,7 +6,8 @@ Inside `deferred`, the program calls `find_request`, and stops at a place of its
 """
 
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -52,6 +53,32 @@ def deferred(stage: str, until: str) -> Iterator[None]:
         raise
     finally:
         _deferring = None
+
+
+@contextmanager
+def postponed() -> Iterator[Callable[[], None]]:
+    """Let signals and Ctrl-C take effect after the block, which should be short.
+
+    An exception inside os.fork would leave locks held that libraries, such as `logging`, take there. The block yields
+    a function that ends the postponement early, for a fork that never leaves the block.
+    """
+    if threading.current_thread() is not threading.main_thread():  # the others never get signals
+        yield lambda: None
+        return
+    arrived: list[tuple[int, FrameType | None]] = []
+    numbers = (number for number in (signal.SIGINT, *SIGNALS) if callable(signal.getsignal(number)))
+    before = {number: signal.signal(number, lambda *signaled: arrived.append(signaled)) for number in numbers}
+
+    def end() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    try:
+        yield end
+    finally:
+        end()
+    for number, frame in arrived:
+        before[signal.Signals(number)](number, frame)  # type: ignore[operator,misc]
 
 
 def raise_if_asked(after: str) -> None:

@@ -25,3 +25,7 @@ def test_results_come_in_order_and_failures_are_texts() -> None:
 
 def test_without_requests_there_are_no_results() -> None:
     assert forks.run(work, [], at_once=2) == []
+
+
+def test_forks_have_the_handlers_of_this_process() -> None:
+    assert forks.run(lambda _: signal.getsignal(signal.SIGINT) is signal.default_int_handler, [0], at_once=1) == [True]

@@ -116,7 +116,7 @@ def test_calls_of_other_threads_are_limited_too(limited) -> None:
 
 
 def test_an_interrupted_call_leaves_no_answer_for_the_next(limited) -> None:
-    limited(str, 1)  # Make the fork before the alarm. An exception inside os.fork leaves locks of `logging` held.
+    limited(str, 1)  # Make the fork before the alarm, which `postponed` does not postpone.
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:
@@ -124,6 +124,23 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(limited) -> None:
             limited(Sleeps(), 1)
     finally:
         signal.signal(signal.SIGALRM, before)
+    assert limited(str, 1).texts == [""]
+
+
+def test_an_interruption_while_the_fork_is_made_comes_afterwards(limited, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, fork = [], os.fork
+
+    def interrupted_fork() -> int:
+        signal.raise_signal(signal.SIGINT)
+        made.append(fork())
+        return made[-1]
+
+    monkeypatch.setattr(os, "fork", interrupted_fork)
+    with pytest.raises(KeyboardInterrupt):
+        limited(str, 1)
+    monkeypatch.undo()
+    with pytest.raises(ProcessLookupError):
+        os.kill(made[0], 0)
     assert limited(str, 1).texts == [""]
 
 

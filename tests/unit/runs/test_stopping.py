@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -47,6 +48,42 @@ def test_a_deferred_signal_waits_until_the_program_asks(capsys: pytest.CaptureFi
     stopping.raise_if_asked(" after stage=qat")  # the signal has been heeded
     with pytest.raises(Stopped):
         send(signal.SIGHUP)
+
+
+def test_a_postponed_signal_takes_effect_after_the_block() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, *stopping.SIGNALS)]
+    done = []
+    with pytest.raises(KeyboardInterrupt), stopping.postponed():
+        send(signal.SIGINT)
+        done.append("all")
+    with pytest.raises(Stopped, match="stopped by SIGTERM"), stopping.postponed() as end:
+        send(signal.SIGHUP)
+        end()
+        send(signal.SIGTERM)
+    assert done == ["all"]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, *stopping.SIGNALS)] == before
+
+
+def test_an_error_inside_a_postponement_is_not_replaced_by_a_signal() -> None:
+    with pytest.raises(ZeroDivisionError), stopping.postponed():
+        send(signal.SIGINT)
+        raise ZeroDivisionError
+
+
+def test_other_threads_and_ignored_signals_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    handlers = []
+
+    def look() -> None:
+        with stopping.postponed():
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGINT)]
+    with stopping.postponed():
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_a_second_signal_does_not_wait() -> None:
