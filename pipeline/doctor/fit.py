@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.runs import controls
 from pipeline.runs.console import warn
 from pipeline.runs.disk import distinct_gigabytes, gigabytes
-from pipeline.runs.host_memory import PROGRAM_BYTES
+from pipeline.runs.host_memory import training_bytes
 from pipeline.runs.run import Run
 
 GPU, HOST, DISK = "on each GPU", "of host memory", "of disk space"
@@ -80,7 +80,7 @@ def shortages_of_stage(facts: Facts, stage: str) -> list[Shortage]:
     device, is_estimated = device_needed(facts, stage), bool(facts.needs["devices"][stage]["estimated_because"])
     disk = facts.needs["disk_bytes"][stage] + facts.needs["checkpoint_bytes"][stage]
     machine = facts.machine
-    together = machine["local_processes"] * (device + PROGRAM_BYTES)
+    together = machine["local_processes"] * training_bytes(device)
     on_host = Shortage(stage, HOST, together, machine["host_free_bytes"], is_estimated=True)
     on_gpu = Shortage(stage, GPU, device, machine["gpu_free_bytes"], is_estimated)
     found = [on_gpu if machine["gpus"] else on_host, Shortage(stage, DISK, disk, machine["disk_free_bytes"])]
@@ -126,15 +126,14 @@ def host_needed(facts: Facts) -> int:
     """Compute how much host memory the processes of this machine need together, in bytes.
 
     The main process loads the whole model to quantize, evaluate and verify it. Training streams the weights to the
-    GPUs. Without a GPU, training takes place in host memory. The libraries then count too, because there is no other
-    room for them.
+    GPUs. Without a GPU, training takes place in host memory, together with all else that `training_bytes` counts.
     """
     whole = largest_model(facts.needs)
     if facts.machine["gpus"]:
         return whole
     training = max((device_needed(facts, stage) for stage in facts.needs["device_bytes"]), default=0)
     training = max(training, *(control["device_bytes"] for control in controls_of(facts).values()), 0)
-    return max(whole, facts.machine["local_processes"] * (training + PROGRAM_BYTES))
+    return max(whole, facts.machine["local_processes"] * training_bytes(training))
 
 
 def largest_model(needs: NeedFigures) -> int:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.runs.host_memory import PROGRAM_BYTES
+from pipeline.runs.host_memory import training_bytes
 from scripts.full_shape.plan import BASE, RUNS, RunPlan
 from scripts.written_tables import markdown_table, replace_tables
 
@@ -88,7 +88,7 @@ def _predictions(record: Record) -> str:
         for stage, size in predicted.items():
             measured = _complete(record).get(f"{run.name}/{stage}")
             if measured is not None:
-                peak, whole = measured["peak_bytes"], size + PROGRAM_BYTES
+                peak, whole = measured["peak_bytes"], training_bytes(size)
                 figures = (f"{whole / _GIB:.2f}", f"{peak / _GIB:.2f}", f"{whole / peak:.2f}")
                 rows.append((f"`{run.name}`", f"`{stage}`", *figures))
     return markdown_table(("run", "stage", "predicted, GiB", "measured, GiB", "ratio"), rows)

@@ -34,7 +34,7 @@ from pipeline.doctor.plan import Plan
 from pipeline.doctor.rows import Example, Row
 from pipeline.errors import UserError
 from pipeline.models import tiny_model
-from pipeline.runs.host_memory import PROGRAM_BYTES
+from pipeline.runs.host_memory import training_bytes
 from pipeline.runs.records import DoctorRecord
 from pipeline.runs.run import Run
 
@@ -421,7 +421,7 @@ def test_on_gpus_only_the_main_process_holds_the_weights_in_host_memory(found: F
 
 def test_without_gpus_every_process_of_this_machine_trains_in_host_memory(found: Found) -> None:
     two = {"machine__gpus": 0, "machine__local_processes": 2, "machine__processes": 8}
-    needed = 2 * (100 + PROGRAM_BYTES)
+    needed = 2 * training_bytes(100)
     assert found(**two, machine__host_free_bytes=needed) == []
     (message,) = found(**two, machine__host_free_bytes=needed - 1)
     assert "training without a GPU needs" in message

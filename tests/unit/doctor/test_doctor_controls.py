@@ -20,7 +20,7 @@ from pipeline.config import (
 )
 from pipeline.doctor import controls, display, findings, fit, needs
 from pipeline.doctor.facts import Facts
-from pipeline.runs.host_memory import PROGRAM_BYTES
+from pipeline.runs.host_memory import training_bytes
 from pipeline.runs.json_files import write_json
 from pipeline.runs.records import DoctorRecord
 from pipeline.runs.run import Run
@@ -64,8 +64,8 @@ def test_a_control_that_does_not_fit_on_a_gpu_is_named(tmp_path: Path) -> None:
 
 
 def test_without_gpus_controls_train_in_host_memory(tmp_path: Path) -> None:
-    assert fit.host_needed(facts(tmp_path, gpus=0)) == 700 + PROGRAM_BYTES
-    (message,) = findings.findings(facts(tmp_path, gpus=0, host_free_bytes=699 + PROGRAM_BYTES))
+    assert fit.host_needed(facts(tmp_path, gpus=0)) == training_bytes(700)
+    (message,) = findings.findings(facts(tmp_path, gpus=0, host_free_bytes=training_bytes(700) - 1))
     assert "training the control bf16_parts without a GPU needs" in message
 
 

@@ -54,3 +54,8 @@ def test_a_stage_that_does_not_fit_is_refused_with_both_amounts() -> None:
     assert str(raised.value).startswith(
         "stage=evaluate: loading the model needs 42.0 GB of host memory, but only 32.0 GB are free."
     )
+
+
+def test_training_on_a_cpu_needs_more_than_its_tensors() -> None:
+    assert host_memory.training_bytes(0) == host_memory.PROGRAM_BYTES
+    assert host_memory.training_bytes(10**9) == host_memory.PROGRAM_BYTES + 1_300_000_000
