@@ -17,7 +17,7 @@ from pipeline.config.format import FormatName
 from pipeline.config.keys import is_known, schema, unknown_key
 from pipeline.config.pipeline import PipelineConfig, Sharding, Stage, list_controls, list_names
 from pipeline.config.quantize import QuantizeSource, RoundingMethod, first_training, source_problem, writes_rounded
-from pipeline.config.targets import TARGETS
+from pipeline.config.targets import TARGETS, advise_target
 from pipeline.config.training import (
     ROUNDING_OPTIMIZERS,
     ExpertsImplementation,
@@ -256,8 +256,8 @@ def _format_problems(config: PipelineConfig) -> list[str]:
     held = TARGETS[target].holds
     if config.stage in (Stage.export, Stage.all) and name not in held:
         found.append(
-            f"export.target={target}: cannot hold format={name}, only {', '.join(held)}. Train for another format. Or"
-            " do not export: instead of stage=all, run the stages up to qat one by one. Then run stage=evaluate."
+            f"export.target={target}: cannot hold format={name}, only {', '.join(held)}."
+            f" {advise_target(name)}, or train for another format."
         )
     return found
 

@@ -84,3 +84,11 @@ TARGETS = {
     ),
 }
 """Map from the value of `export.target` to the layout."""
+
+
+def advise_target(format_name: str) -> str:
+    """Say which targets store a format. Without one, all stages but export can still run."""
+    names = [name for name, target in TARGETS.items() if format_name in target.holds]
+    if not names:
+        return "Do not export: instead of stage=all, run the stages up to qat one by one, then stage=evaluate"
+    return f"Set export.target={names[0]}" + "".join(f" or {name}" for name in names[1:])

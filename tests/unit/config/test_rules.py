@@ -21,6 +21,7 @@ from pipeline.config import (
     RoundingScales,
     ScaleRule,
     Sharding,
+    Stage,
     TrackingBackend,
     TrackingConfig,
     TrainConfig,
@@ -31,6 +32,7 @@ from pipeline.config import (
     keeps_packed,
     raise_if_nothing_to_round,
 )
+from pipeline.config.targets import advise_target
 from pipeline.errors import UserError
 
 BROKEN_RULES: dict[str, tuple[Any, str]] = {
@@ -371,3 +373,19 @@ def test_several_broken_rules_are_reported_together(mistake: Mistake) -> None:
         "  - sft.learning_rate=0.0: must be greater than 0.",
         "  - qat.max_steps=-2: must be a number of steps, or -1.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"), [("nvfp4", "Set export.target=nvfp4 or bf16"), ("nvfp4_w4a4", "Set export.target=nvfp4")]
+)
+def test_a_target_that_cannot_hold_the_format_names_those_that_can(name: str, targets: str) -> None:
+    (problem,) = broken(stage=Stage.all, format__name=FormatName[name])
+    assert problem == (
+        f"export.target=mxfp4: cannot hold format={name}, only mxfp4. {targets}, or train for another format."
+    )
+
+
+def test_a_format_without_a_target_can_be_trained_without_an_export() -> None:
+    assert advise_target("toy") == (
+        "Do not export: instead of stage=all, run the stages up to qat one by one, then stage=evaluate"
+    )
