@@ -3,20 +3,21 @@
 The report has text, tables, plots and answers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from pipeline.compare import content, page, plots, runs, table
 from pipeline.compare.content import Content
 from pipeline.compare.evidence import TEST_COLUMNS
-from pipeline.compare.names import ORDER
+from pipeline.compare.names import EXPORT, ORDER
 from pipeline.compare.runs import EvaluatedRun
 from pipeline.config import PipelineConfig, Stage
 from pipeline.runs import up_to_date
 from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.console import say, warn
+from pipeline.runs.exports import is_export
 from pipeline.runs.json_files import write_json
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import is_main_process
@@ -58,7 +59,7 @@ def run(config: PipelineConfig) -> Artifact:
         up_to_date.flush()
         _show_place(artifact.directory / _PAGE)
     elif is_main_process():
-        _show(report, artifact.directory / _PAGE)
+        _show(report, found, artifact.directory / _PAGE)
     return artifact
 
 
@@ -124,7 +125,7 @@ def _file_name(title: str) -> str:
     return title.lower().replace(" ", "_")
 
 
-def _show(report: Content, path: Path) -> None:
+def _show(report: Content, found: Sequence[EvaluatedRun], path: Path) -> None:
     for verdict in report.verdicts:
         say("compare", f"{verdict.label + ': ' if verdict.label else ''}{verdict.decision.headline}")
         for tile in verdict.tiles:
@@ -135,10 +136,27 @@ def _show(report: Content, path: Path) -> None:
         say("compare", finding.title)
         for sentence in finding.sentences:
             say("compare", f"  {sentence}")
-    missing = [name for name in ORDER if name not in {row.model for row in report.rows}]
-    if missing:
-        say("compare", f"not evaluated: {', '.join(missing)} (evaluate.source=all evaluates every stage there is)")
+    for sentence in list_not_evaluated([row.model for row in report.rows], found):
+        say("compare", sentence)
     _show_place(path)
+
+
+def list_not_evaluated(models: Sequence[str], found: Sequence[EvaluatedRun]) -> Iterator[str]:
+    """Say which kinds of models are not in the report.
+
+    Args:
+        models: names of the models in the report.
+        found: the runs of the report.
+    """
+    missing = set(ORDER) - {EXPORT if is_export(model) else model for model in models}
+    exports = [export for run in found for export in run.exports.values()]
+    if EXPORT in missing and exports and not any(export.is_loadable for export in exports):
+        missing.remove(EXPORT)
+        targets = " and ".join(sorted({export.target for export in exports}))
+        yield f"not evaluated: {EXPORT}, because transformers cannot load {targets}. verify compares its weights"
+    if missing:
+        names = ", ".join(name for name in ORDER if name in missing)
+        yield f"not evaluated: {names} (evaluate.source=all evaluates every stage there is)"
 
 
 def _show_place(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import evaluated
 import pytest
@@ -11,6 +12,7 @@ from pipeline.compare.content import Content
 from pipeline.compare.decision import Outcome
 from pipeline.compare.exports import Verdict
 from pipeline.errors import UserError
+from pipeline.stages.compare import list_not_evaluated
 
 ALL, MOST = [True] * 400, [True] * 300 + [False] * 100
 LOSSES = {"sft": 2.0, "quantize": 2.2, "qat": 2.05, "export": 2.06}
@@ -303,3 +305,20 @@ def test_the_report_tells_date_version_settings_and_hardware(tmp_path: Path) -> 
     assert found.facts["Libraries"] == "torch 2.13.0, transformers 5.14.1, Python 3.11.7"
     (line,) = (line for line in found.stages if line.stage == "qat")
     assert line.cells() == ["qat", "qat.method=lora, qat.learning_rate=1e-05", "2 × NVIDIA H200"]
+
+
+def not_evaluated(*models: str, **export: Any) -> list[str]:
+    run_dir = Path(export.pop("run_dir"))
+    run_with_export(run_dir, models, **export)
+    return list(list_not_evaluated(models, runs.find([str(run_dir)])))
+
+
+def test_models_that_were_not_evaluated_are_listed_with_what_evaluates_them(tmp_path: Path) -> None:
+    models = ("upcast", "sft", "quantize", "qat")
+    assert not_evaluated("sft", "qat", run_dir=tmp_path / "some") == [
+        "not evaluated: upcast, quantize, export (evaluate.source=all evaluates every stage there is)"
+    ]
+    assert not_evaluated(*models, target="nvfp4", kind="foreign", run_dir=tmp_path / "nvfp4") == [
+        "not evaluated: export, because transformers cannot load nvfp4. verify compares its weights"
+    ]
+    assert list(list_not_evaluated((*models, "export/mxfp4"), [])) == []
