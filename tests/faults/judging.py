@@ -62,6 +62,11 @@ class Bench:
         self._bases = bases
         self._prepared = work / "prepared"
         self._expected: dict[str, dict[str, bytes]] = {}
+        self._changes: dict[str, list[Change]] = {}
+
+    def known_changes(self, scenario: Scenario) -> list[Change]:
+        """Return what `changes` returned before. The command runs only if it did not run before."""
+        return self._changes[scenario.name] if scenario.name in self._changes else self.changes(scenario)
 
     def changes(self, scenario: Scenario) -> list[Change]:
         """Run the command undisturbed, keep the result for comparisons, and return the changes that it makes.
@@ -73,17 +78,17 @@ class Bench:
         assert ended.status == 0, ended.output
         self._expected[scenario.name] = contents(self.injector.run_dir, scenario)
         changes = self.injector.changes()
-        return [
+        self._changes[scenario.name] = [
             change
             for index, change in enumerate(changes)
             if not 0 < index < len(changes) - 1
             or {(c.operation, c.path) for c in changes[index - 1 : index + 2]} != {(change.operation, change.path)}
         ]
+        return self._changes[scenario.name]
 
     def judge(self, scenario: Scenario, fault: Fault) -> Verdict:
         """Disturb the command, run it again, and compare with the undisturbed run."""
-        if scenario.name not in self._expected:
-            self.changes(scenario)
+        self.known_changes(scenario)
         self.start(scenario)
         group = {"processes": scenario.processes, "rank": scenario.rank}
         first = self.injector.run(scenario.arguments, fault.kind, fault.change.number, **group)
@@ -132,7 +137,7 @@ class Bench:
         self.injector.restore(self._prepare(scenario))
 
     def _prepare(self, scenario: Scenario) -> Path | None:
-        base = self._base(scenario.method) if scenario.needs else None
+        base = self._base(scenario) if scenario.needs else None
         if base is None and not scenario.settings_before:
             return None
         prepared = self._prepared / re.sub(r"\W+", "-", scenario.name)
@@ -146,13 +151,15 @@ class Bench:
             self.injector.run_dir.rename(prepared)
         return prepared
 
-    def _base(self, method: str) -> Path:
-        """Return the run from which scenarios of a method start. Make it if it is not there."""
-        base = self._bases / method
-        if not base.is_dir():
-            self.injector.restore(None)
-            for stage in BASE:
-                self._run(base_arguments(method, stage))
+    def _base(self, scenario: Scenario) -> Path:
+        """Return a run with the stages that a scenario needs. Scenarios of a method share it, and add stages to it."""
+        base = self._bases / scenario.method
+        needed = BASE[: BASE.index(scenario.needs[-1]) + 1]
+        if lacking := [stage for stage in needed if not (base / stage).is_dir()]:
+            self.injector.restore(base if base.is_dir() else None)
+            for stage in lacking:
+                self._run(base_arguments(scenario.method, stage))
+            shutil.rmtree(base, ignore_errors=True)
             self._bases.mkdir(parents=True, exist_ok=True)
             self.injector.run_dir.rename(base)
         return base

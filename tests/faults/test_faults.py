@@ -5,7 +5,7 @@ FAULTS_SEED=<seed> draws another sample. A failed test names its seed. scripts/s
 
 import os
 import random
-import time
+from itertools import cycle
 
 import disk
 import pytest
@@ -19,11 +19,9 @@ from pipeline.runs.metrics import read_metrics
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs Linux on x86-64 and a C compiler")
 
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
-SECONDS = 60
-"""Time for the sample of faults. Preparation takes about 20 s more."""
-SINGLE = [name for name, scenario in SCENARIOS.items() if scenario.processes == 1]
 NO_RESULT = {Stage.all, Stage.controls, Stage.serve}
 """Stages that have no result of their own: they run other stages, or a server."""
+DISTURBED = [stage.name for stage in Stage if stage not in NO_RESULT]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 def test_every_stage_and_every_export_target_is_disturbed() -> None:
     scenarios = SCENARIOS.values()
-    assert {scenario.stage for scenario in scenarios} == {stage.name for stage in Stage if stage not in NO_RESULT}
+    assert {scenario.stage for scenario in scenarios} == set(DISTURBED)
     targets = {scenario.name.split()[1] for scenario in scenarios if scenario.stage == "export"} - {"overwrite"}
     assert targets == {target.name for target in ExportTarget}
 
@@ -63,15 +61,16 @@ def _linked_size(entry: disk.File) -> int:
 @pytest.mark.parametrize("name", ["upcast", "export mxfp4 full"])
 def test_a_complete_stage_and_its_source_survive_a_power_cut_right_after_the_command(name: str, bench: Bench) -> None:
     scenario = SCENARIOS[name]
+    bench.changes(scenario)
+    tree = bench.injector.tree()
     for names_kept in (True, False):
-        bench.changes(scenario)
-        disk.write_tree(bench.injector.tree(), bench.injector.run_dir, names_kept)
+        disk.write_tree(tree, bench.injector.run_dir, names_kept)
         assert bench.differences(scenario, IS_WORK) is None
 
 
 def test_a_complete_checkpoint_survives_a_power_cut(bench: Bench) -> None:
     scenario = SCENARIOS["sft full"]
-    changes = bench.changes(scenario)
+    changes = bench.known_changes(scenario)
     marked = next(index for index, change in enumerate(changes) if change.path.endswith("checkpoint-2/whole.tmp"))
     following = next(change for change in changes[marked:] if change.path.startswith("sft/metrics.jsonl"))
     bench.start(scenario)
@@ -83,8 +82,7 @@ def test_a_complete_checkpoint_survives_a_power_cut(bench: Bench) -> None:
 
 def test_a_fault_that_damages_the_result_is_judged_as_lost(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     scenario = SCENARIOS["upcast"]
-    changes = bench.changes(scenario)
-    last = Fault("upcast", Kind.kill, changes[-1])
+    last = Fault("upcast", Kind.kill, bench.known_changes(scenario)[-1])
     assert bench.judge(scenario, last).outcome is Outcome.identical
     run = Injector.run
 
@@ -104,34 +102,31 @@ def test_a_fault_that_does_not_happen_is_no_success(bench: Bench) -> None:
 
 
 def test_sampled_faults_lose_nothing(bench: Bench) -> None:
-    """The stages are disturbed in turn, in random order, for a limited time."""
-    sampled, lost, judged, end = random.Random(SEED), [], 0, time.monotonic() + SECONDS
-    names = sampled.sample(SINGLE, len(SINGLE))
-    while names and time.monotonic() < end:
-        scenario = SCENARIOS[names[judged % len(names)]]
-        fault = sampled.choice(_known_faults(bench, scenario))
-        verdict = bench.judge(scenario, fault)
-        judged += verdict.outcome is not Outcome.missed
-        if verdict.outcome is Outcome.lost:
-            lost.append(f"{fault.name} ({fault.change.operation} {fault.change.path}): {verdict.why}")
-    assert not lost, f"FAULTS_SEED={SEED}\n" + "\n".join(lost)
-    print(f"{judged} faults judged")
-    assert judged >= 10
-
-
-_FAULTS: dict[str, list[Fault]] = {}
+    """Each stage is disturbed once, in one of its scenarios. The kinds of faults take turns."""
+    sampled, verdicts = random.Random(SEED), []
+    kinds = cycle(sampled.sample(list(Kind), len(Kind)))
+    for stage in DISTURBED:
+        scenario = sampled.choice([each for each in SCENARIOS.values() if (each.stage, each.processes) == (stage, 1)])
+        kind = next(kinds)
+        fault = sampled.choice([each for each in _known_faults(bench, scenario) if each.kind is kind])
+        verdicts.append((fault, bench.judge(scenario, fault)))
+    wrong = [
+        f"{fault.name} ({fault.change.operation} {fault.change.path}): {verdict.outcome.value} {verdict.why}"
+        for fault, verdict in verdicts
+        if verdict.outcome in (Outcome.lost, Outcome.missed)
+    ]
+    assert not wrong, f"FAULTS_SEED={SEED}\n" + "\n".join(wrong)
+    assert {fault.kind for fault, _ in verdicts} == set(Kind)
 
 
 def _known_faults(bench: Bench, scenario: Scenario) -> list[Fault]:
-    if scenario.name not in _FAULTS:
-        _FAULTS[scenario.name] = faults_of(scenario, bench.changes(scenario))
-    return _FAULTS[scenario.name]
+    return faults_of(scenario, bench.known_changes(scenario))
 
 
 @pytest.mark.parametrize("name", ["sft none, rank 0 of 2", "sft fsdp2, rank 1 of 2"])
 def test_a_fault_of_one_of_two_processes_loses_nothing(name: str, bench: Bench) -> None:
     scenario = SCENARIOS[name]
-    fault = random.Random(SEED).choice(faults_of(scenario, bench.changes(scenario)))
+    fault = random.Random(SEED).choice(_known_faults(bench, scenario))
     verdict = bench.judge(scenario, fault)
     assert verdict.outcome is not Outcome.lost, f"FAULTS_SEED={SEED}: {fault.name}: {verdict.why}"
 
