@@ -198,6 +198,17 @@ def _spare(path: str) -> None:
     share_tables(setattr, os.path.dirname(path))
 
 
+def _compose_once() -> None:
+    """Compose a configuration of this checkout, so that commands find the parts that Hydra composes quickly."""
+    from composing import composed_quickly
+
+    from pipeline.config import composition
+
+    with composed_quickly():
+        for recipe in ("smoke", "smoke_lora"):
+            composition.compose(["stage=sft", f"recipe={recipe}"])
+
+
 def _serve_on_gpu(path: str) -> None:
     sys.path.insert(1, os.path.dirname(sys.path[0]))  # the program, for `pretended_gpu`
     os.environ["TRITON_INTERPRET"] = "1"  # TRL's kernels then run on the CPU; Triton reads the variable at import
@@ -206,6 +217,7 @@ def _serve_on_gpu(path: str) -> None:
 
     _spare(path)
     torch.set_num_threads(1)
+    _compose_once()
     with gpu():
         # A new interpreter has no pretended GPU, so this server runs every command.
         serve(path, (*_LIBRARIES, *_OF_THE_PROGRAM), may_refuse=False)
@@ -220,6 +232,7 @@ def main() -> None:
         _serve_on_gpu(path)
     elif more == ["--program"]:
         sys.path.insert(1, os.path.dirname(sys.path[0]))
+        _compose_once()
         serve(path, (*_LIBRARIES, *_OF_THE_PROGRAM), may_refuse=True)
     else:
         _spare(path)
