@@ -96,7 +96,7 @@ def copy_checkout(into: Path) -> Path:
     """Copy the checkout into a new directory, and return the directory. Its environment needs no installation."""
     into.mkdir()
     for name in ("conf", "docs", "pipeline", "recipes", "scripts"):
-        shutil.copytree(ROOT / name, into / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, into / name)
     shutil.copy(ROOT / "pyproject.toml", into)
     _shorten(into / "recipes" / "smoke.yaml")
     _shorten_demo(into / "recipes" / "demo.yaml")

@@ -3,9 +3,9 @@
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 from scripts.recording import formatted, name_processor
@@ -14,7 +14,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def output(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(SCRIPTS / script), *arguments]
+    command = [*forks.interpreter(), str(SCRIPTS / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
