@@ -2,10 +2,10 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 
@@ -100,7 +100,7 @@ def test_figures_of_other_settings_are_refused(finished: Path) -> None:
     ],
 )
 def test_mistakes_end_with_a_message(arguments: list[str], message: str) -> None:
-    command = [sys.executable, str(page.ROOT / "scripts" / "study_rounding"), *arguments]
+    command = [*forks.interpreter(), str(page.ROOT / "scripts" / "study_rounding"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
