@@ -5,24 +5,34 @@ allows only inline styles.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.compare import charts, plots
+from pipeline.compare import charts
 from pipeline.compare.charts import Chart
 from pipeline.compare.content import Content
 from pipeline.compare.evidence import TEST_TITLES
+from pipeline.compare.plots import Plot
 
 _TEMPLATE = "page.html"
 # Control characters, lone surrogates and noncharacters: HTML cannot contain them.
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
-def render(report: Content) -> str:
-    """Render the whole page. The same report always gives the same text."""
-    drawn = {group: [_draw(chart) for chart in report.charts if chart.group == group] for group in charts.GROUPS}
+def render(report: Content, plots: Mapping[str, Plot]) -> str:
+    """Render the whole page. The same report always gives the same text.
+
+    Args:
+        report: the contents.
+        plots: name of each chart -> its plot.
+    """
+    drawn = {
+        group: [_show(chart, plots[chart.name]) for chart in report.charts if chart.group == group]
+        for group in charts.GROUPS
+    }
     main, *others = [(table, table.cells(report.rows), table.best(report.rows)) for table in report.tables]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -43,9 +53,9 @@ def render(report: Content) -> str:
     )
 
 
-def _draw(chart: Chart) -> tuple[Chart, Markup, list[str], list[list[str]]]:
+def _show(chart: Chart, plot: Plot) -> tuple[Chart, Markup, list[str], list[list[str]]]:
     """Return a chart with its SVG element, and the head and the lines of the table of its figures."""
-    return chart, Markup(plots.draw_svg(chart)), *charts.tabulate(chart)
+    return chart, Markup(plot.svg), *charts.tabulate(chart)
 
 
 def _replace_unprintable(value: object) -> object:

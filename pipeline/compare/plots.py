@@ -1,4 +1,4 @@
-"""Draw the charts as PNG files, and as SVG in the page's colours. Only this module imports matplotlib.
+"""Draw the charts as PNG, and as SVG in the page's colours. Only this module imports matplotlib.
 
 The same chart always gives the same bytes, because the output contains no date and no program name. Series differ in
 marker and line as well as in colour. The colours are from Okabe and Ito (2008); colour-blind people can
@@ -7,10 +7,11 @@ distinguish them.
 
 import re
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from html import escape
-from io import StringIO
+from io import BytesIO, StringIO
 from itertools import cycle
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import matplotlib
@@ -53,19 +54,38 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def write_png(chart: Chart, path: Path) -> None:
-    """Draw a chart on a white background, and write it to a PNG file."""
-    with matplotlib.rc_context(_STYLE):
-        _draw(chart).savefig(path, format="png", dpi=_PNG_DPI, facecolor="white", metadata={"Software": None})
+@dataclass(frozen=True)
+class Plot:
+    """A drawn chart.
+
+    Attributes:
+        png: contents of a PNG file, with a white background.
+        svg: <svg> element for a page that defines --faint, --paper and --series-1 to --series-7.
+    """
+
+    png: bytes
+    svg: str
 
 
-def draw_svg(chart: Chart) -> str:
-    """Draw a chart as an <svg> element for a page that defines --faint, --paper and --series-1 to --series-7."""
-    text = StringIO()
+def draw(charts: Iterable[Chart]) -> dict[str, Plot]:
+    """Draw charts, and return the plots by the charts' names."""
+    return {chart.name: _plot(chart) for chart in charts}
+
+
+def _plot(chart: Chart) -> Plot:
+    png, svg = BytesIO(), StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": chart.name}):
+        figure = _draw(chart)
+        figure.savefig(png, format="png", dpi=_PNG_DPI, facecolor="white", metadata={"Software": None})
+        figure.set_layout_engine(None)  # the SVG keeps the layout of the PNG, which takes long to compute
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        _draw(chart).savefig(text, format="svg", transparent=True, metadata=no_metadata)
-    element = text.getvalue()[text.getvalue().index("<svg") :]
+        figure.savefig(svg, format="svg", transparent=True, metadata=no_metadata)
+    return Plot(png.getvalue(), _in_colours_of_page(svg.getvalue(), chart))
+
+
+def _in_colours_of_page(drawn: str, chart: Chart) -> str:
+    """Return the <svg> element of an SVG file. Its colours are variables of the page, and its ids are unique there."""
+    element = drawn[drawn.index("<svg") :]
     for colour, role in _ROLES.items():
         element = element.replace(colour, role)
     # A page contains several charts. Each id starts with the chart's name, so that it is unique.

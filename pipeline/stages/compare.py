@@ -103,14 +103,15 @@ def _runs(config: PipelineConfig, here: Run) -> list[EvaluatedRun]:
 def _write(report: Content, directory: Path) -> Result:
     write_json(directory / _JSON, report.to_json())
     (directory / _MARKDOWN).write_text(content.to_markdown(report), encoding="utf-8")
-    (directory / _PAGE).write_text(page.render(report), encoding="utf-8")
+    drawn = plots.draw(report.charts)
+    (directory / _PAGE).write_text(page.render(report, drawn), encoding="utf-8")
     images = {chart.name: directory / f"{chart.name}.png" for chart in report.charts}
     tables = {directory / f"{_file_name(each.title)}.jsonl" for each in report.tables}
     written = {*images.values(), *tables, directory / METRICS_FILE}
     for earlier in {*directory.glob("*.png"), *directory.glob("*.jsonl")} - written:
         earlier.unlink()  # an earlier report may have had other plots and tables
-    for chart in report.charts:
-        plots.write_png(chart, images[chart.name])
+    for name, image in images.items():
+        image.write_bytes(drawn[name].png)
     for row in report.rows:
         log_metrics(directory, row.to_json(), model=row.name)
     for each in report.tables:

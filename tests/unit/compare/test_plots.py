@@ -1,7 +1,7 @@
 """Plots as SVG: every series has something to see."""
 
 from pipeline.compare.charts import Chart, Point, Series
-from pipeline.compare.plots import draw_svg
+from pipeline.compare.plots import draw
 
 
 def drawn(training: list[Point]) -> str:
@@ -9,7 +9,7 @@ def drawn(training: list[Point]) -> str:
         Series("validation", [Point(1, 1.0), Point(3, 3.0)]),
         Series("training", training, is_secondary=True),
     ]
-    return draw_svg(Chart("loss", "Losses", "", "lines", "step", "loss", series))
+    return draw([Chart("loss", "Losses", "", "lines", "step", "loss", series)])["loss"].svg
 
 
 def test_a_single_point_of_a_line_without_markers_is_marked() -> None:

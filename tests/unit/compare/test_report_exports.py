@@ -7,7 +7,7 @@ from typing import Any
 import evaluated
 import pytest
 
-from pipeline.compare import content, page, runs
+from pipeline.compare import content, page, plots, runs
 from pipeline.compare.content import Content
 from pipeline.compare.decision import Outcome
 from pipeline.compare.exports import Verdict
@@ -276,7 +276,7 @@ def test_the_report_has_no_local_path(tmp_path: Path) -> None:
     evaluated.record_export(run_dir, details={"exported_from": str(local), "exported_directory": str(local)})
     found = report(run_dir)
     texts = [
-        page.render(found),
+        page.render(found, plots.draw(found.charts)),
         content.to_markdown(found),
         repr(found.to_json()),
         *map(repr, (t.cells() for t in found.tests)),
