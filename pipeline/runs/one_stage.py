@@ -11,11 +11,12 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import PipelineConfig
 from pipeline.errors import MachineError
-from pipeline.runs import commands
+from pipeline.runs import commands, up_to_date
 from pipeline.runs.memory_remedies import remedies
 
 if TYPE_CHECKING:
@@ -50,12 +51,13 @@ def one_stage(config: PipelineConfig) -> Iterator[None]:
     """Run the block as the stage that the configuration names.
 
     The peak of GPU memory is reset, so artifact.json reports the stage's own peak. After the block, the models of the
-    stage are freed: `all` runs several stages in one process.
+    stage are freed: `all` runs several stages in one process. A stage that was up to date has loaded none.
 
     Raises:
         MachineError: the memory was too small, a file could not be written, or a GPU has no kernels.
     """
     _reset_peaks()
+    up_to_date.begin()
     try:
         yield
     except Exception as error:
@@ -63,7 +65,8 @@ def one_stage(config: PipelineConfig) -> Iterator[None]:
         if explanation is None:
             raise
         raise MachineError(explanation) from error
-    release()
+    if not up_to_date.is_reported():
+        release()
 
 
 def release() -> None:
@@ -81,8 +84,9 @@ def _forget_import_errors() -> None:
     traceback of this error keeps the variables of all functions that were running. ModelOpt is imported while
     `quantize` runs. So the tracebacks would keep the model of `quantize` in memory until the program ends.
     """
-    for module in [module for name, module in sys.modules.items() if name.startswith("pulp.apis.")]:
-        for solver in vars(module).values():
+    solvers = sys.modules.get("pulp.apis")
+    for module in [] if solvers is None else [*vars(solvers).values()]:
+        for solver in vars(module).values() if isinstance(module, ModuleType) else ():
             error = vars(solver).get("err") if isinstance(solver, type) else None
             if isinstance(error, Exception):
                 error.__traceback__ = None

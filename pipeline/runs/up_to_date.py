@@ -29,6 +29,8 @@ class _Summary:
 
 
 _summary: _Summary | None = None
+_is_reported = False
+"""Whether the last stage that has begun was up to date."""
 
 
 @contextmanager
@@ -43,8 +45,21 @@ def summarize(name: str, run_dir: str) -> Iterator[None]:
         _summary = None
 
 
+def begin() -> None:
+    """Declare that a stage begins."""
+    global _is_reported
+    _is_reported = False
+
+
+def is_reported() -> bool:
+    """Return whether the last stage that has begun was up to date."""
+    return _is_reported
+
+
 def report(stage: str, directory: Path) -> None:
     """Report that a stage is up to date."""
+    global _is_reported
+    _is_reported = True
     if _summary is None:
         say(stage, f"up to date: {directory}")
         return
