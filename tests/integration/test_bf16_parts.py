@@ -174,8 +174,8 @@ BEFORE_QAT = {
     "importance": ("recipe=smoke", "format.scale_rule=mse", "format.importance=true"),
 }
 
-SAME_SFT = ("in mixed precision", "with a teacher", "nvfp4", "importance")
-"""Settings whose runs have the first two stages of "after full SFT"."""
+SAME_STAGES = {"in mixed precision": 3, "with a teacher": 3, "nvfp4": 2, "importance": 2}
+"""Settings whose runs have the first stages of "after full SFT", and the number of these stages."""
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +184,9 @@ def qat_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("qat")
     for name, settings in BEFORE_QAT.items():
         stages = ["upcast", "sft", "quantize", "qat", "export", "verify"]
-        if name in SAME_SFT:
-            linked(directory / name, directory / "after full SFT", *stages[:2])
-            del stages[:2]
+        if same := SAME_STAGES.get(name, 0):
+            linked(directory / name, directory / "after full SFT", *stages[:same])
+            del stages[:same]
         for stage in stages:
             arguments = (f"run_dir={directory / name}", *SHORT, *settings, "train@qat=bf16_parts", "sft.max_steps=6")
             assert run_program(f"stage={stage}", *arguments) == 0, (name, stage)
