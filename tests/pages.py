@@ -26,7 +26,7 @@ _BLOCK = re.compile(
 _PROGRAM = re.compile(
     r"(?:^|\s)(?:python -m pipeline|accelerate launch .*?-m pipeline|gpt-oss-qat|scripts/launch)(?=\s|$)"
 )
-_LENGTH = re.compile(r"((?:max_samples|max_steps|eval_steps|save_steps): )(\d+)")
+_LENGTH = re.compile(r"((?:max_samples|max_steps|eval_steps|save_steps)(?:: |=))(\d+)")
 _SECTION = re.compile(r"^## (.*)\n", re.MULTILINE)
 
 
@@ -120,10 +120,14 @@ def use_forks(checkout: Path) -> None:
 
 def _shorten(recipe: Path) -> None:
     """Divide steps and samples of a recipe by ten. The tests run some forty commands with it, and judge no losses."""
-    text = recipe.read_text(encoding="utf-8")
-    shorter, count = _LENGTH.subn(lambda found: f"{found[1]}{int(found[2]) // 10}", text)
+    shorter, count = _divide_lengths(recipe.read_text(encoding="utf-8"))
     assert count == 7, "max_samples, and three settings of each training stage"
     recipe.write_text(shorter, encoding="utf-8")
+
+
+def _divide_lengths(text: str) -> tuple[str, int]:
+    """Divide steps and samples by ten. Return the new text, and how many numbers it has."""
+    return _LENGTH.subn(lambda found: f"{found[1]}{max(1, int(found[2]) // 10)}", text)
 
 
 def _shorten_demo(recipe: Path) -> None:
@@ -164,11 +168,11 @@ def _directory_of_python() -> Path:
 
 
 def run_block(block: Block, directory: Path) -> str:
-    """Run a block in a checkout, and return what it prints."""
+    """Run a block in a checkout, and return what it prints. Steps that a command sets are as short as the recipe's."""
     forking = _directory_of_python()
     path = os.pathsep.join([str(forking), str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block.text],
+        ["bash", "-euo", "pipefail", "-c", _divide_lengths(block.text)[0]],
         cwd=directory,
         env={**os.environ, "PATH": path, "PYTHON_EXEC": str(forking / "python")},
         capture_output=True,
