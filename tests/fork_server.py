@@ -3,8 +3,9 @@
     python tests/fork_server.py --serve SOCKET [KIND]        the server; it ends when its standard input closes
     python -I -S tests/fork_server.py --ask SOCKET COMMAND   the client; COMMAND starts with a script or `-m MODULE`
 
-KIND is --gpu or --program. With --gpu, commands run on a pretended GPU. With --program, the server also imports the
-program of this checkout. The client is used like an interpreter: the command has the arguments, environment, directory
+KIND is --gpu, --program or --checkout. With --gpu, commands run on a pretended GPU. With --program, the server also
+imports the program of this checkout. With --checkout DIRECTORY, it imports the program of that directory, and such a
+server may be a command of another server. The client is used like an interpreter: the command has the arguments, environment, directory
 and streams of the client, and gets the signals that the client gets. The client has its exit status. If the client is
 killed, the command is killed too. Tests start servers and clients with tests/forks.py.
 
@@ -232,6 +233,11 @@ def main() -> None:
         _serve_on_gpu(path)
     elif more == ["--program"]:
         sys.path.insert(1, os.path.dirname(sys.path[0]))
+        _compose_once()
+        serve(path, (*_LIBRARIES, *_OF_THE_PROGRAM), may_refuse=True)
+    elif more[:1] == ["--checkout"]:
+        sys.path.insert(1, more[1])
+        _spare(path)
         _compose_once()
         serve(path, (*_LIBRARIES, *_OF_THE_PROGRAM), may_refuse=True)
     else:

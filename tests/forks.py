@@ -5,6 +5,7 @@ Importing torch, transformers, trl and modelopt takes eight seconds of a core. T
 
 import atexit
 import fcntl
+import hashlib
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import fork_server
@@ -57,10 +59,21 @@ def interpreter(kind: str = "cpu", preload: Path | None = None) -> list[str]:
     return [sys.executable, "-I", "-S", fork_server.__file__, "--ask", str(path)]
 
 
-def _start(path: Path, *flags: str, preload: Path | None) -> None:
+@cache
+def interpreter_of(checkout: Path) -> tuple[str, ...]:
+    """Return a command as `interpreter` does. Its server has imported the program of a checkout, which must not change.
+
+    The server is a fork of another server, which has imported the libraries.
+    """
+    path = Path(os.environ[_DIRECTORY]) / hashlib.sha256(bytes(checkout)).hexdigest()[:16]
+    _start(path, "--checkout", str(checkout), preload=None, python=interpreter())
+    return (sys.executable, "-I", "-S", fork_server.__file__, "--ask", str(path))
+
+
+def _start(path: Path, *flags: str, preload: Path | None, python: Sequence[str] = (sys.executable,)) -> None:
     """Start a server at a Unix socket, and wait until it accepts connections."""
     with (path.parent / "alive").open("rb") as alive:
-        command = [sys.executable, fork_server.__file__, "--serve", str(path), *flags]
+        command = [*python, fork_server.__file__, "--serve", str(path), *flags]
         preloaded = {} if preload is None else {"LD_PRELOAD": str(preload)}
         server = subprocess.Popen(command, stdin=alive, env={**_ENVIRONMENT, **preloaded})
     while not path.exists():

@@ -114,7 +114,7 @@ def use_forks(checkout: Path) -> None:
     programs.unlink()
     programs.mkdir()
     (programs / "activate").write_text(activate.replace(sys.prefix, str(checkout / ".venv")), encoding="utf-8")
-    for script in _directory_of_python().iterdir():
+    for script in _directory_of_python(checkout).iterdir():
         (programs / script.name).symlink_to(script)
 
 
@@ -145,31 +145,37 @@ def _shorten_demo(recipe: Path) -> None:
 
 
 @cache
-def _directory_of_python() -> Path:
+def _directory_of_python(program: Path | None) -> Path:
     """Make a directory with the scripts `python` and `gpt-oss-qat`. They run the program in a fork.
 
+    The program is that of the checkout `program`. If it is None, it is that of the directory of each command.
     `python` runs all else in a new interpreter. torchrun starts its processes with it too, and gives it the flag -u
     first.
     """
     directory = Path(tempfile.mkdtemp(prefix="python-of-pages-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     script = directory / "python"
+    interpreter = shlex.join(forks.interpreter() if program is None else forks.interpreter_of(program))
     new = shlex.quote(sys.executable)
     script.write_text(
-        '#!/bin/sh\n[ "$1" = -u ] && shift\n'
-        f'[ "$1 $2" = "-m pipeline" ] && exec {shlex.join(forks.interpreter())} "$@"\n'
-        f'exec {new} "$@"\n'
+        f'#!/bin/sh\n[ "$1" = -u ] && shift\n[ "$1 $2" = "-m pipeline" ] && exec {interpreter} "$@"\nexec {new} "$@"\n'
     )
     command = directory / "gpt-oss-qat"
-    command.write_text(f'#!/bin/sh\nexec {shlex.join(forks.interpreter())} -m pipeline "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec {interpreter} -m pipeline "$@"\n')
     for each in (script, command):
         each.chmod(0o755)
     return directory
 
 
-def run_block(block: Block, directory: Path) -> str:
-    """Run a block in a checkout, and return what it prints. Steps that a command sets are as short as the recipe's."""
-    forking = _directory_of_python()
+def run_block(block: Block, directory: Path, program: Path | None = None) -> str:
+    """Run a block in a directory, and return what it prints. Steps that a command sets are as short as the recipe's.
+
+    Args:
+        block: the block.
+        directory: the directory. It is a checkout, unless `program` is given.
+        program: a checkout that does not change any more. The commands run its program.
+    """
+    forking = _directory_of_python(program)
     path = os.pathsep.join([str(forking), str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", _divide_lengths(block.text)[0]],

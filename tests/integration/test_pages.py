@@ -46,7 +46,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     printed = run_block(first, checkout)
     use_forks(checkout)
     for block in others:
-        output = run_block(block, checkout)
+        output = run_block(block, checkout, checkout)
         printed += output if block.page == README else ""
     return checkout, printed
 
@@ -73,10 +73,12 @@ def test_the_readme_and_the_first_page_run_from_top_to_bottom(followed: tuple[Pa
 
 @pytest.mark.parametrize("page", sorted({block.page.name for block in RUNNING} - {*FOLLOWED}))
 def test_a_page_runs_from_top_to_bottom(page: str, followed: tuple[Path, str], tmp_path: Path) -> None:
-    checkout = shutil.copytree(followed[0], tmp_path / "checkout", symlinks=True)
+    program, directory = followed[0], tmp_path / "checkout"
+    shutil.copytree(program, directory, symlinks=True)
+    shutil.rmtree(directory / "pipeline")  # the commands run that of the checkout
     for block in RUNNING:
         if block.page.name == page:
-            run_block(block, checkout)
+            run_block(block, directory, program)
 
 
 def test_the_examples_of_the_library_run_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
