@@ -3,11 +3,11 @@
     python tests/fork_server.py --serve SOCKET [KIND]        the server; it ends when its standard input closes
     python -I -S tests/fork_server.py --ask SOCKET COMMAND   the client; COMMAND starts with a script or `-m MODULE`
 
-KIND is --gpu, --program or --checkout. With --gpu, commands run on a pretended GPU. With --program, the server also
-imports the program of this checkout. With --checkout DIRECTORY, it imports the program of that directory, and such a
-server may be a command of another server. The client is used like an interpreter: the command has the arguments, environment, directory
-and streams of the client, and gets the signals that the client gets. The client has its exit status. If the client is
-killed, the command is killed too. Tests start servers and clients with tests/forks.py.
+KIND is --gpu, --program or --checkout DIRECTORY. With --gpu, commands run on a pretended GPU. With --program, the
+server also imports the program of this checkout. With --checkout, it imports the program of that directory, and such
+a server may be a command of another server. The client is used like an interpreter: the command has the arguments,
+environment, directory and streams of the client, and gets the signals that the client gets. The client has its exit
+status. If the client is killed, the command is killed too. Tests start servers and clients with tests/forks.py.
 
 Without a kind, the program is imported after the fork, so a command runs the code of its own directory. Libraries read
 some environment variables while they are imported. If one of these differs between client and server, the client runs
