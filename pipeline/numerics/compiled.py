@@ -36,7 +36,7 @@ _OPTIONS: dict[str, dict[str, bool | int]] = {
     },
 }
 """Options of torch.compile for each type of device."""
-_RECOMPUTES = {f"realize_{limit}_threshold": 1 << 40 for limit in ("opcount", "reads", "acc_reads", "acc_reads_size")}
+_RECOMPUTES = {f"realize_{limit}_threshold": 1 << 40 for limit in ("opcount", "reads", "acc_reads")}
 """Options for GPUs. With them, inductor stores no intermediate value: each launch computes it again if needed."""
 
 Result = TypeVar("Result")

@@ -6,6 +6,7 @@ process of its own. This module uses internals of torch 2.13 and Triton 3.7.
 """
 
 import atexit
+import gc
 import itertools
 import re
 import struct
@@ -35,6 +36,7 @@ from triton.backends import Backend, backends  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import sm_arch_from_capability  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.cache import FileCacheManager  # noqa: E402
 
 DISASSEMBLED = (80, 120)
 """Architectures for which ptxas makes machine code, which is then read: the oldest and the newest.
@@ -81,6 +83,19 @@ class _Driver:
 
     def get_current_stream(self, *_: object) -> int:
         return 0
+
+
+class _Files(FileCacheManager):
+    """Triton's cache of files. Only the code that `code_of` reads is written, and each file is written at once.
+
+    Triton would print every intermediate module, and make a temporary directory for each file.
+    """
+
+    def put(self, data: Any, filename: str, binary: bool = True) -> str:
+        path = Path(self._make_path(filename))
+        is_read = path.suffix in (".ptx", ".cubin", ".json")
+        path.write_bytes((data if isinstance(data, bytes) else data.encode()) if is_read else b"")
+        return str(path)
 
 
 @dataclass(frozen=True)
@@ -181,6 +196,7 @@ def pretend(gpu: Gpu) -> None:
 
 def prepare() -> ExitStack:
     """Let inductor compile for a GPU until this process ends. Nothing can run the kernels yet."""
+    gc.disable()  # inductor makes millions of objects, and almost none are garbage in cycles
     pretended = ExitStack()
     atexit.register(pretended.close)
     pretended.enter_context(fake_gpu.pretend_cuda(properties=Properties()))
@@ -229,6 +245,7 @@ def _replace_compiler(gpu: Gpu) -> None:
     tuner: Any = CachingAutotuner
     tuner.precompile = lambda self, *_, **__: _compile(gpu, self)
     tuner.run = lambda self, *_, **__: gpu.launch(self)
+    triton.knobs.cache.manager_class = _Files
     triton.knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
 
 
