@@ -139,7 +139,7 @@ def is_running(pid: int) -> bool:
 def test_a_section_that_takes_too_long_keeps_its_rows_and_dies_with_all_its_processes(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     python = stub(tmp_path, HANG.format(pid=str(pid)))
-    status, rows = check(tmp_path, "--sections", "machine", "--minutes", "0.25", python=python)
+    status, rows = check(tmp_path, "--sections", "machine", "--minutes", "0.17", python=python)
     assert status == 1
     assert flags(rows["machine"]) == {**FIRST_ROWS, "section": False}
     assert rows["machine"][-1]["beside"].startswith("took more than ")
@@ -340,9 +340,8 @@ def test_training_judges_peaks_keeps_figures_of_a_crash_and_counts_variants_with
     monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(gpu_check, "_child", run)
     monkeypatch.setattr(gpu_check, "_job", lambda name, _: name)
-    monkeypatch.setattr(
-        gpu_check, "_predict", lambda name: (None, "broken") if name == "sft" else (100 if name != "qat" else 80, "")
-    )
+    others = {"sft": (None, "broken"), "qat": (80, "")}
+    monkeypatch.setattr(gpu_check, "_predict", lambda jobs: {name: others.get(name, (100, "")) for name in jobs})
     rows = list(gpu_check.training(task))
     assert limits == {
         "qat_packed": 100,
