@@ -20,9 +20,12 @@ import torch
 
 def release_and_look():
     release()
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
-    models = [type(each).__name__ for each in gc.get_objects() if issubclass(type(each), PreTrainedModel)]
-    found.append([sum(each.untyped_storage().nbytes() for each in tensors), models])
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, (torch.Tensor, PreTrainedModel))}
+    left = [each for each in objects if type(each) in kinds]
+    models = [type(each).__name__ for each in left if isinstance(each, PreTrainedModel)]
+    found.append([sum(each.untyped_storage().nbytes() for each in left if isinstance(each, torch.Tensor)), models])
+    gc.freeze()  # a weight of a later stage is a new object, so nobody has to visit the libraries' objects again
 
 found, release = [], one_stage.release
 one_stage.release = release_and_look
