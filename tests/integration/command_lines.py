@@ -4,6 +4,7 @@ A launcher starts this script with a JSON file that holds a list of `Line`s. The
 object for each command line.
 """
 
+import functools
 import gc
 import json
 import os
@@ -67,11 +68,14 @@ class Outcome(TypedDict, total=False):
 def use_gloo_alone() -> None:
     """Keep DeepSpeed from building its extension for collectives on CPUs. The build takes a minute, and gloo is enough.
 
-    DeepSpeed 0.19 has no setting that avoids the build. On GPUs there is no such extension.
+    DeepSpeed 0.19 has no setting that avoids the build. On GPUs there is no such extension. On CPUs, DeepSpeed also
+    starts numactl each time that it counts devices. Its answer is kept.
     """
     import deepspeed.ops
+    from deepspeed.utils import numa
 
     deepspeed.ops.__compatible_ops__ = {}
+    numa.get_numa_cores = functools.cache(numa.get_numa_cores)
 
 
 def convert_in_forks() -> None:

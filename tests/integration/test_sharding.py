@@ -32,11 +32,11 @@ SETTINGS = (
     "qat.learning_rate=5e-4",
     "verify.samples=2",
     *(f"{stage}.{key}=2" for stage in STAGES for key in ("eval_steps", "save_steps", "logging_steps")),
-    *(f"{stage}.max_steps=6" for stage in STAGES),
+    *(f"{stage}.max_steps=4" for stage in STAGES),
 )
 BEFORE = {"sft": ("upcast",), "qat": ("upcast", "sft", "quantize")}
 # The learning rate is so high that the loss rises, so the first checkpoint is the best one.
-RISING = ("qat.learning_rate=0.1", "qat.lr_scheduler=constant", "qat.warmup_ratio=0")
+RISING = ("qat.learning_rate=1", "qat.lr_scheduler=constant", "qat.warmup_ratio=0", "qat.max_steps=6")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def plain(recipe: str) -> Case:
     return Case(recipe, "sft", "none")
 
 
-ALONE = plain("smoke")
+ALONE = Case("smoke", "sft", "none", ("sft.max_steps=6",), "_long")
 SFT = Case("smoke", "sft", "fsdp2")
 TEACHER = ("qat.distillation.weight=0.5",)
 TAUGHT = Case("smoke", "qat", "fsdp2", (*TEACHER, "qat.oscillation=hold"))
@@ -165,14 +165,14 @@ def shared(one: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Interrupt and resume the cases with sharding, always with the same global batch.
 
     STAYING cases resume with two processes again. MOVED cases resume with three processes, which accelerate starts.
-    ALONE is not sharded. It moves from one process to two, and back to one.
+    ALONE is not sharded. It moves from one process to two, and back to one, with two steps each.
     """
     runs = Runs(tmp_path_factory.mktemp("shared"), {})
     for case in (ALONE, *SHARDED):
         begin(case, one.directory, runs.of(case))
     interrupted = [command_lines.run(ALONE.line(runs.of(ALONE), 4, 3, interrupted_at=2))]
     lines = [ALONE.line(runs.of(ALONE), 2, 3, interrupted_at=4)]
-    lines += [case.line(runs.of(case), 2, 3, interrupted_at=2) for case in SHARDED]
+    lines += [case.line(runs.of(case), 3, 2, interrupted_at=2) for case in SHARDED]
     lines += [case.line(runs.of(case), 6, 1) for case in STAYING]
     for name, case in OTHERS.items():
         begin(case, one.directory, runs.directory / name)

@@ -23,6 +23,8 @@ MOVING = (
 )
 STAYING = (Case("smoke_lora", "sft", "zero2"), Case("smoke", "qat", "zero2", TEACHER))
 MOVED, STAYED = ((*kinds, *(replace(kind, sharding="zero3") for kind in kinds)) for kinds in (MOVING, STAYING))
+# Without adapters on attention, the first layer's input needs no gradient, and only the hooks of ZeRO-3 need one there.
+MOVED = tuple(case for case in MOVED if case.name != "smoke_lora_experts-sft-zero2")
 CASES = (*MOVED, *STAYED)
 KEPT = Case("smoke", "qat", "zero2", RISING, "_rising")
 KEPT_MOVED = replace(KEPT, sharding="zero3")
@@ -40,9 +42,9 @@ def shared(one: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     begun, ended = [], []
     for case in (*CASES, KEPT, KEPT_MOVED):
         begin(case, one.directory, runs.of(case))
-        begun.append(case.line(runs.of(case), 2, 3, interrupted_at=4 if RISING[0] in case.more else 2))
+        begun.append(case.line(runs.of(case), 3, 2, interrupted_at=4 if RISING[0] in case.more else 2))
     for case in (*STAYED, KEPT):
-        ended.append(case.line(runs.of(case), 2, 3))
+        ended.append(case.line(runs.of(case), 3, 2))
     outcomes = launch_lines(runs.directory / "two", 2, [*begun, *ended])
     assert {outcome["status"] for outcome in outcomes[: len(begun)]} == {130}
     moving = [case.line(runs.of(case), 2, 2) for case in (*MOVED, KEPT_MOVED)]
