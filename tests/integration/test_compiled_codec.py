@@ -5,11 +5,11 @@ Compiling takes minutes, so this is no unit test.
 
 import os
 import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from tensor_bits import bits
@@ -136,11 +136,13 @@ def test_the_functions_for_packed_stacks_on_a_gpu_give_these_bits_when_a_cpu_com
 
 
 CONVERTS_TWICE = """
-import warnings, torch
+import os, warnings, torch
+import torch._inductor.config as settings
 from pipeline.numerics.codec import fake_quantize
 from pipeline.numerics.compiled import Compilation, compilation
 from pipeline.numerics.formats import MXFP4
 
+settings.cpp.cxx = (None, os.environ.get("CXX", "g++"))  # as torch does when a new interpreter imports the settings
 values = torch.linspace(-7, 7, 64)
 eager = fake_quantize(values, MXFP4)
 with compilation(Compilation.always), warnings.catch_warnings(record=True) as caught:
@@ -153,8 +155,9 @@ print([str(warning.message) for warning in caught if "torch.compile failed" in s
 
 @pytest.mark.parametrize("broken", ["compiles_nothing", "is_no_compiler", "has_no_cache"])
 def test_a_broken_compiler_costs_a_warning_and_no_result(tmp_path: Path, broken: str) -> None:
-    """The codec runs in a new process, because torch remembers which compiler it has found."""
-    cache, compiler = tmp_path / "cache", tmp_path / "c++"
+    """The codec runs in a fork, because torch remembers which compiler it has found."""
+    cache, compiler, script = (tmp_path / name for name in ("cache", "c++", "script.py"))
+    script.write_text(CONVERTS_TWICE)
     version = 'case "$1" in --version) echo "g++ 13.0.0"; exit 0;; esac\n' if broken == "compiles_nothing" else ""
     compiler.write_text(f"#!/bin/sh\n{version}exit 1\n")
     compiler.chmod(0o755)
@@ -166,7 +169,6 @@ def test_a_broken_compiler_costs_a_warning_and_no_result(tmp_path: Path, broken:
         "PYTHONPATH": str(Path(codec.__file__).parents[2]),
         "TORCHINDUCTOR_CACHE_DIR": str(cache),  # otherwise cached machine code of an earlier run would be used
     }
-    done = subprocess.run(
-        [sys.executable, "-c", CONVERTS_TWICE], env=environment, capture_output=True, text=True, check=True
-    )
+    command = [*forks.interpreter(), str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.count("torch.compile failed, conversions continue uncompiled") == 1
