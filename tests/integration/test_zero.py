@@ -23,8 +23,6 @@ MOVING = (
 )
 STAYING = (Case("smoke_lora", "sft", "zero2"), Case("smoke", "qat", "zero2", TEACHER))
 MOVED, STAYED = ((*kinds, *(replace(kind, sharding="zero3") for kind in kinds)) for kinds in (MOVING, STAYING))
-# Without adapters on attention, the first layer's input needs no gradient, and only the hooks of ZeRO-3 need one there.
-MOVED = tuple(case for case in MOVED if case.name != "smoke_lora_experts-sft-zero2")
 CASES = (*MOVED, *STAYED)
 KEPT = Case("smoke", "qat", "zero2", RISING, "_rising")
 KEPT_MOVED = replace(KEPT, sharding="zero3")
