@@ -315,4 +315,5 @@ def _apply_filter(source: Source, table: Dataset) -> Dataset:
 
 def column_of(table: Dataset, name: str) -> Numbers:
     """Return a column of numbers or booleans as int64."""
-    return table.select_columns([name]).with_format("numpy")[:][name].astype(np.int64, copy=False)
+    values: Numbers = table.with_format("arrow", columns=[name])[:].column(name).to_numpy()
+    return values.astype(np.int64, copy=False)

@@ -16,7 +16,7 @@ from tensor_bits import bits
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from pipeline.numerics import codec, slabs
+from pipeline.numerics import codec, low_rank, slabs
 from pipeline.numerics.codec import decode, encode, fake_quantize, tensor_scale
 from pipeline.numerics.compiled import Compilation, can_compile, compilation
 from pipeline.numerics.formats import FORMATS, MXFP4, SCALE_RULES, BlockFormat
@@ -133,6 +133,19 @@ def test_the_functions_for_packed_stacks_on_a_gpu_give_these_bits_when_a_cpu_com
             for one, other in zip(*found.values(), strict=True):
                 assert torch.equal(one, other), block_format
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("rank", [8, 24])
+def test_compiled_deltas_of_adapters_have_these_bits(rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    base = torch.randn(3, 64, 96, generator=generator).bfloat16()
+    a = torch.randn(3, rank, 64, generator=generator).transpose(1, 2)  # with the strides of PEFT's matrices
+    b = torch.randn(96, rank, 3, generator=generator).permute(2, 1, 0)
+    found = {}
+    for mode in (Compilation.never, Compilation.always):
+        with compilation(mode):
+            found[mode] = [bits(function(base, a, b, 1.7)) for function in (low_rank.merge, low_rank.delta)]
+    assert all(torch.equal(*pair) for pair in zip(*found.values(), strict=True))
 
 
 CONVERTS_TWICE = """

@@ -1,6 +1,6 @@
 """A kernel is compiled if this pays off and a compiler works.
 
-test_compiled_codec.py tests all formats with compiled kernels.
+tests/integration/test_compiled_codec.py compiles the kernels, and compares their bits.
 """
 
 import warnings
@@ -10,14 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.numerics import compiled, kernels
+from pipeline.numerics import compiled
 from pipeline.numerics.compiled import Compilation, can_compile, compilation
 
 Kernel = Callable[..., Tensor]
 Calls = list[str]
 LARGE = 1 << 16  # values; calls with smaller tensors do not count towards compilation
-
-has_compiler = pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine")
 
 
 @pytest.fixture(autouse=True)
@@ -194,23 +192,6 @@ def test_a_cpu_needs_a_cpp_compiler(
 def test_a_gpu_needs_triton(is_installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if is_installed else None)
     assert can_compile("cuda") is is_installed
-
-
-@has_compiler
-def test_a_compiled_kernel_gives_the_bits_of_the_eager_one() -> None:
-    """Test only one kernel, because compiling is slow.
-
-    37 lanes do not fill a vector register, and half of the exponents make ties.
-    """
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randint(-48, 49, (2, 3, 32, 37), generator=generator).to(torch.bfloat16) / 4
-    inverse = torch.exp2(torch.randint(-2, 3, (2, 3, 37), generator=generator).float())
-    significand = 1 + torch.randint(0, 8, (2, 3, 37), generator=generator) / 8
-    eager = kernels.round_blocks(values, inverse, significand, significand / inverse)
-    with compilation(Compilation.always), warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # the program warns so if the compiler fails
-        found = kernels.round_blocks(values, inverse, significand, significand / inverse)
-    assert torch.equal(found.view(torch.int16), eager.view(torch.int16))
 
 
 def test_a_large_job_is_compiled_from_its_first_value(doubled: Kernel, calls: Calls) -> None:
