@@ -42,10 +42,7 @@ def is_known(key: str) -> bool:
 
 def is_mapping(key: str) -> bool:
     """Return whether a key is a setting of type dict, or a name in it, such as data.roles.human. It takes any names."""
-    return any(
-        get_origin(_without_null(kind)) is dict and (key == mapping or key.startswith(f"{mapping}."))
-        for mapping, kind in _types().items()
-    )
+    return any(key == mapping or key.startswith(f"{mapping}.") for mapping in _mappings())
 
 
 def is_list(key: str) -> bool:
@@ -72,6 +69,11 @@ def _schema() -> DictConfig:
 @cache
 def _types() -> dict[str, object]:
     return dict(_settings(PipelineConfig))
+
+
+@cache
+def _mappings() -> list[str]:
+    return [key for key, kind in _types().items() if get_origin(_without_null(kind)) is dict]
 
 
 def _settings(section: type["DataclassInstance"], prefix: str = "") -> Iterator[tuple[str, object]]:
