@@ -29,7 +29,7 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 import forks
 
 from pipeline import __main__ as program
-from pipeline.runs import launches
+from pipeline.runs import present
 
 VOCABULARY = Path(__file__).parents[2] / "shared" / "data" / "tokenizer"
 """openai-harmony's vocabulary. It is not part of the project, and is used only if it lies beside the checkout."""
@@ -195,9 +195,9 @@ def tmp_path(request: pytest.FixtureRequest, directories: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_launch() -> None:
-    """The commands of other tests are no part of a test's launch."""
-    launches.forget()
+def no_command() -> None:
+    """A test does not meet the command of an earlier test."""
+    present.forget()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """A run records its settings, and a command with run_dir= and without recipe= uses them."""
 
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import yaml
 from conftest import run_program
 
 from pipeline.config import PipelineConfig, Stage
-from pipeline.runs import commands, launches, own_settings, present
+from pipeline.runs import commands, launches, own_settings
 from pipeline.runs.artifacts import Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.own_settings import OwnSettings
@@ -34,7 +33,7 @@ MADE = (RUN, "recipe=smoke", "sft.epochs=2")
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[PipelineConfig]]:
+def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PipelineConfig]:
     """The configurations that stages were called with. The stages write an empty result. They start in a new place."""
     monkeypatch.chdir(tmp_path)
     found: list[PipelineConfig] = []
@@ -52,8 +51,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Pipe
             )
 
     replace_stages(monkeypatch, run)
-    yield found
-    present.forget()
+    return found
 
 
 def recorded(run_dir: str = "r") -> list[str]:

@@ -1,7 +1,6 @@
 """A command that does not ask for answers keeps those of the earlier report."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,6 @@ EARLIER = EvaluateConfig(
     prompts=PromptsConfig(max_samples=2, expected_of_all={"safety": "safe"}),
     generation=GenerationConfig(max_new_tokens=4, temperature=0.5),
 )
-
-
-@pytest.fixture(autouse=True)
-def no_command() -> Iterator[None]:
-    yield
-    commands.forget()
 
 
 @pytest.fixture

@@ -9,14 +9,12 @@ from evaluated import record
 from pipeline import __main__ as program
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
-from pipeline.runs import commands
 from pipeline.runs.run import Run
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """A directory with two runs. No command of an earlier test counts."""
-    commands.forget()
+    """A directory with two runs."""
     for name in ("smoke", "other"):
         record(tmp_path / name / "upcast")
     return tmp_path
