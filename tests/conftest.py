@@ -60,8 +60,9 @@ ONE_LAYER = ("sft.lora.layers=[1]", "qat.lora.layers=[1]")
 
 
 def pytest_configure() -> None:
-    """Let the processes of pytest-xdist share the servers for forks. Collect no garbage while modules are imported."""
+    """Let the processes of pytest-xdist share the servers for forks. Collect garbage rarely, and not during imports."""
     gc.disable()
+    gc.set_threshold(20_000, 20, 50)  # stages collect garbage themselves when they need it
     if "PYTEST_XDIST_WORKER" not in os.environ:
         forks.share()
 
