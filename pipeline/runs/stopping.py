@@ -7,7 +7,7 @@ Inside `deferred`, the program calls `find_request`, and stops at a place of its
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -16,6 +16,9 @@ from pipeline.runs.console import say
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 EXIT_STATUS = 143
 """128 + SIGTERM, as a shell reports it. It is the same for all of these signals."""
+
+Handler = Callable[[int, FrameType | None], object]
+"""A function that Python calls with the number of a signal and the interrupted frame."""
 
 _deferring: tuple[str, str] | None = None
 _asked: signal.Signals | None = None
@@ -56,29 +59,38 @@ def deferred(stage: str, until: str) -> Iterator[None]:
 
 
 @contextmanager
+def handled_by(handler: Handler, numbers: Iterable[signal.Signals]) -> Iterator[Callable[[], None]]:
+    """Let a function handle these signals inside the block. The block yields a function that ends this earlier.
+
+    Only the main thread can handle signals, so nothing changes in another thread.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers} if is_main else {}
+
+    def end() -> None:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+    try:
+        yield end
+    finally:
+        end()
+
+
+@contextmanager
 def postponed() -> Iterator[Callable[[], None]]:
     """Let signals and Ctrl-C take effect after the block, which should be short.
 
     An exception inside os.fork would leave locks held that libraries, such as `logging`, take there. The block yields
     a function that ends the postponement early, for a fork that never leaves the block.
     """
-    if threading.current_thread() is not threading.main_thread():  # the others never get signals
-        yield lambda: None
-        return
     arrived: list[tuple[int, FrameType | None]] = []
-    numbers = (number for number in (signal.SIGINT, *SIGNALS) if callable(signal.getsignal(number)))
-    before = {number: signal.signal(number, lambda *signaled: arrived.append(signaled)) for number in numbers}
-
-    def end() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    try:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *SIGNALS)}
+    before = {number: handler for number, handler in handlers.items() if callable(handler)}
+    with handled_by(lambda *signaled: arrived.append(signaled), before) as end:
         yield end
-    finally:
-        end()
     for number, frame in arrived:
-        before[signal.Signals(number)](number, frame)  # type: ignore[operator,misc]
+        before[signal.Signals(number)](number, frame)
 
 
 def raise_if_asked(after: str) -> None:

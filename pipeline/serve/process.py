@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from pipeline.config import secrets
 from pipeline.errors import CheckFailed, UserError
 from pipeline.runs import allocator
 from pipeline.runs.console import say
+from pipeline.runs.stopping import handled_by
 
 _POLL_SECONDS = 0.25
 _REPORT_SECONDS = 30.0
@@ -145,17 +145,10 @@ def interrupt_on_signals() -> Iterator[None]:
     A signal that is ignored, such as SIGHUP under nohup, stays ignored. Only the main thread can handle signals, so
     nothing changes in another thread.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     caught = [number for number in _ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in caught}
-    try:
+    with handled_by(interrupt, caught):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
