@@ -14,7 +14,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 from pipeline.models import sink_attention
 from pipeline.models.sink_attention import Segments
 
-HEADS, KEY_HEADS, SIZE, WINDOW, LENGTH = 8, 2, 64, 128, 300
+HEADS, KEY_HEADS, SIZE, WINDOW, LENGTH = 16, 2, 64, 128, 300
 SCALE = SIZE**-0.5
 PARTS = ("the output", "query", "key", "value", "sinks")
 SPANS = {
