@@ -28,6 +28,17 @@ needs_real_text = pytest.mark.skipif(not REAL_TEXT.is_file(), reason=f"needs sha
 ROWS = synthetic.arithmetic_rows()[:20]
 """The first rows of the synthetic data set."""
 
+ADD_FUNCTION = {
+    "name": "add",
+    "description": "Adds two numbers.",
+    "parameters": {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+        "required": ["a", "b"],
+    },
+}
+"""A function that a model may call."""
+
 
 def config_of(path: Any, **settings: Any) -> PipelineConfig:
     data = DataConfig(path=None if path is None else str(path), **settings)

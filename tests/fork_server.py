@@ -191,10 +191,8 @@ def _composed_quickly(module: str, *arguments: str) -> Iterator[None]:
 
 def _spare(path: str) -> None:
     """Spare commands the waits for the disk, and the making of large tables."""
-    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     from shared_tables import share_tables
 
-    sys.path.pop()
     skip_syncs(setattr)
     share_tables(setattr, os.path.dirname(path))
 

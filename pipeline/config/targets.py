@@ -91,4 +91,4 @@ def advise_target(format_name: str) -> str:
     names = [name for name, target in TARGETS.items() if format_name in target.holds]
     if not names:
         return "Do not export: instead of stage=all, run the stages up to qat one by one, then stage=evaluate"
-    return f"Set export.target={names[0]}" + "".join(f" or {name}" for name in names[1:])
+    return f"Set export.target={' or '.join(names)}"

@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from data_files import ADD_FUNCTION
 
 from pipeline.data.harmony import Rendering
 from pipeline.data.parsing import parse_conversation
@@ -21,15 +22,6 @@ from pipeline.models import tiny_tokenizer
 RANKS = "o200k_base.tiktoken"
 QUESTION = {"role": "user", "content": "What is 2 + 3?"}
 ANSWER = {"role": "assistant", "thinking": "2 + 3 = 5", "content": "It's 5, naïve as that sounds. 火车 🚂"}
-ADD = {
-    "name": "add",
-    "description": "Adds two numbers.",
-    "parameters": {
-        "type": "object",
-        "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
-        "required": ["a", "b"],
-    },
-}
 CALL = {"role": "assistant", "thinking": "I add.", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
 ROWS: dict[str, dict[str, Any]] = {
     "one turn": {"messages": [QUESTION, ANSWER]},
@@ -37,7 +29,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "two turns": {"messages": [QUESTION, ANSWER, QUESTION, ANSWER]},
     "instructions": {"messages": [{"role": "system", "content": "Be brief."}, QUESTION, ANSWER]},
     "high effort": {"messages": [QUESTION, ANSWER], "reasoning_effort": "high"},
-    "tools": {"messages": [QUESTION, CALL, {"role": "tool", "content": "5"}, ANSWER], "tools": [ADD]},
+    "tools": {"messages": [QUESTION, CALL, {"role": "tool", "content": "5"}, ANSWER], "tools": [ADD_FUNCTION]},
     "tools and instructions": {
         "messages": [
             {"role": "developer", "content": "Add."},
@@ -46,11 +38,11 @@ ROWS: dict[str, dict[str, Any]] = {
             {"role": "tool", "content": "5"},
             ANSWER,
         ],
-        "tools": [ADD],
+        "tools": [ADD_FUNCTION],
     },
     "a turn after tools": {
         "messages": [QUESTION, CALL, {"role": "tool", "content": "5"}, ANSWER, QUESTION, ANSWER],
-        "tools": [ADD],
+        "tools": [ADD_FUNCTION],
     },
 }
 

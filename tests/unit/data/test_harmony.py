@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import pytest
+from data_files import ADD_FUNCTION
 
 from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
 from pipeline.data.conversations import ConversationError
@@ -31,18 +32,7 @@ TWO_TURNS = [
     {"role": "user", "content": "And 4 more?"},
     {"role": "assistant", "thinking": "5 + 4 = 9", "content": "9"},
 ]
-ADD = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "description": "Adds two numbers.",
-        "parameters": {
-            "type": "object",
-            "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
-            "required": ["a", "b"],
-        },
-    },
-}
+ADD = {"type": "function", "function": ADD_FUNCTION}
 CALL = {
     "role": "assistant",
     "thinking": "I can add.",

@@ -27,11 +27,6 @@ def begin(monkeypatch: pytest.MonkeyPatch, name: str | None = None) -> None:
     launches.begin()
 
 
-@pytest.fixture(autouse=True)
-def no_launch_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launches, "_present", None)
-
-
 def build(run_dir: Path, text: str = "", parent: str = "u") -> str:
     """Build `sft` from a parent, with overwrite=true. Return the contents of its only file."""
 
